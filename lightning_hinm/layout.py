@@ -1,0 +1,109 @@
+"""Layouts: which columns each tile keeps, and in which order rows and columns are packed.
+
+Shapes: O rows, I columns, T = ceil(O / V) tiles, P kept columns of a tile (virtual ones, numbered >= I, included).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hinm.pattern import HiNMPattern
+
+
+@dataclass(frozen=True, eq=False)
+class HiNMLayout:
+    """All that says how a masked weight is packed; plain data on the CPU, compared by identity.
+
+    Args:
+        pattern: the pattern that the layout obeys.
+        output_order: int64 ``[O]``, position -> original output channel.
+        vector_index: int64 ``[T, P]``, the kept columns of each tile in the order in which N:M sees them; numbers
+            from I up are virtual zeros. In a grouped convolution every group of channels has tiles of its own, and
+            its columns count from 0.
+
+    Raises:
+        ValueError: if the two tensors cannot belong to one weight. ``check_layout`` checks them against a weight.
+    """
+
+    pattern: HiNMPattern
+    output_order: Tensor
+    vector_index: Tensor
+
+    def __post_init__(self) -> None:
+        order, index = self.output_order, self.vector_index
+        if order.dtype != torch.int64 or order.dim() != 1 or index.dtype != torch.int64 or index.dim() != 2:
+            raise ValueError(
+                f"HiNMLayout: output_order is {order.dtype} {list(order.shape)} and vector_index {index.dtype} "
+                f"{list(index.shape)}, but they must be int64 [O] and int64 [T, P]."
+            )
+        if index.shape[0] != -(-order.numel() // self.pattern.vector_size):
+            raise ValueError(
+                f"HiNMLayout: vector_index has {index.shape[0]} tiles, but {order.numel()} rows in tiles of "
+                f"vector_size={self.pattern.vector_size} make {-(-order.numel() // self.pattern.vector_size)}."
+            )
+
+    def to(self, device: torch.device | str) -> "HiNMLayout":
+        """The same layout with its tensors on ``device``."""
+        return HiNMLayout(self.pattern, self.output_order.to(device), self.vector_index.to(device))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The order that undoes ``order``: ``y[order][inverse(order)] == y``. int64 ``[O]`` -> int64 ``[O]``.
+
+    >>> inverse(torch.tensor([2, 0, 1])).tolist()
+    [1, 2, 0]
+    """
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+def check_layout(layout: HiNMLayout, rows: int, in_features: int, *, groups: int = 1, name: str = "layout") -> None:
+    """Refuses a layout that does not fit a weight of ``rows`` x ``in_features``: an index out of range would be a read
+    out of bounds in a kernel, so files, caches and checkpoints all pass through here.
+
+    Args:
+        layout: what to check.
+        rows: O.
+        in_features: I; of one group in a grouped convolution.
+        groups: channel groups of a convolution; no row may leave its group.
+        name: the layer's name, for the message.
+
+    Raises:
+        ValueError: naming every rule that is broken.
+    """
+    pattern, order, index = layout.pattern, layout.output_order, layout.vector_index
+    wrong = []
+    if order.numel() != rows:
+        wrong.append(f"output_order has {order.numel()} entries, but the weight has {rows} rows")
+    elif not torch.equal(order.sort().values, torch.arange(rows, device=order.device)):
+        wrong.append(f"output_order is not a permutation of 0..{rows - 1}")
+    elif groups > 1:
+        per_group = rows // groups
+        own = torch.arange(rows, device=order.device) // per_group
+        if per_group % pattern.vector_size:
+            wrong.append(f"{per_group} rows a group are no multiple of vector_size={pattern.vector_size}")
+        if not torch.equal(order // per_group, own):
+            wrong.append(f"output_order moves rows between the {groups} groups of the convolution")
+    kept, padded = pattern.kept(in_features), pattern.padded(in_features)
+    if index.shape[1] != kept:
+        wrong.append(f"vector_index keeps {index.shape[1]} columns, but the pattern keeps {kept} of {in_features}")
+    elif bool((index < 0).any() | (index >= padded).any()):
+        wrong.append(f"vector_index has columns outside 0..{padded - 1}")
+    else:
+        ranked = index.sort(dim=1).values
+        if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
+            wrong.append("vector_index names a column twice in one tile")
+        virtual = (index >= in_features).unflatten(1, (-1, pattern.m)).any(dim=2)  # [T, groups of m]
+        if bool((virtual[:, :-1] & ~virtual[:, 1:]).any()):
+            wrong.append(f"vector_index has virtual columns (from {in_features} up) before the last groups of a tile")
+        start = 0
+        for first, last in pattern.runs(in_features):
+            stop = start + pattern.kept_of_run(last - first)
+            run = index[:, start:stop]
+            if bool((run < first).any() | (run >= first + pattern.padded(last - first)).any()):
+                wrong.append(
+                    f"vector_index positions {start}..{stop - 1} leave their run of columns {first}..{last - 1}"
+                )
+            start = stop
+    if wrong:
+        raise ValueError(f"{name}: " + "; ".join(wrong) + ". The layout belongs to another weight or is damaged.")
