@@ -1,0 +1,33 @@
+# Every target sets itself up: a fresh clone needs python3 >= 3.10 (with venv), make and a network once.
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.PHONY: setup test test-all lint demo demo-cnn benchmark
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@python3 -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("lightning-hinm needs Python 3.10 or newer; python3 is %d.%d. Put a newer python3 first on PATH." % v[:2])'
+	python3 -m venv .venv
+	$(PYTHON) -m pip install -e '.[dev]'
+	@touch $@
+
+lint: setup
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+test: lint
+	$(PYTHON) -m pytest -n 2 -m 'not slow'
+
+test-all: lint
+	$(PYTHON) -m pytest -n 2
+
+demo: setup
+	$(PYTHON) -m recipes.demo minilm $(ARGS)
+
+demo-cnn: setup
+	$(PYTHON) -m recipes.demo resnet $(ARGS)
+
+benchmark: setup
+	$(PYTHON) benchmarks/cpu.py $(ARGS)
