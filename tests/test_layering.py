@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "schedule": {"pattern"},
     "mask": {"pattern", "layout"},
     "gyro": {"pattern", "layout", "mask"},
-    "format": {"pattern", "layout", "mask"},
+    "format": {"pattern", "layout", "mask", "prune"},
     "prune": {"pattern", "layout", "saliency", "mask", "gyro"},
     # inference arm
     "kernels": set(),
