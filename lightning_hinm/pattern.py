@@ -137,9 +137,23 @@ class HiNMPattern:
         return -(-in_features // self.m) * self.m
 
 
-def exact(x: float) -> Fraction:
+def exact(x: float | Fraction) -> Fraction:
     """The rational number that a person meant by the float: 0.8 is 4/5, not 0.8000000000000000444."""
     return Fraction(str(x))
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The prunable layers of a model by name; ``torch.compile`` inside the model leaves no trace in the names.
+
+    >>> import torch
+    >>> list(named_layers(nn.Sequential(nn.ReLU(), torch.compile(nn.Sequential(nn.Linear(4, 4))))))
+    ['1.0']
+    """
+    return {
+        ".".join(part for part in path.split(".") if part != "_orig_mod"): module
+        for path, module in model.named_modules()
+        if layer_kind(module) is not None
+    }
 
 
 def layer_kind(module: nn.Module) -> str | None:
@@ -151,8 +165,8 @@ def layer_kind(module: nn.Module) -> str | None:
     for parent, kind in ((nn.Linear, "linear"), (nn.Conv1d, "conv1d"), (nn.Conv2d, "conv2d")):
         if isinstance(module, parent) and type(module).forward is parent.forward:
             return kind
-    for parent in type(module).__mro__:
-        if f"{parent.__module__}.{parent.__qualname__}" == HF_CONV1D and type(module).forward is parent.forward:
+    for base in type(module).__mro__:
+        if f"{base.__module__}.{base.__qualname__}" == HF_CONV1D and type(module).forward is vars(base).get("forward"):
             return "hf_conv1d"
     return None
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_hinm.gyro import search
+from lightning_hinm.gyro import SearchResult, search
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import check_saliency, hinm_mask
-from lightning_hinm.pattern import HiNMPattern, from_matrix, layer_kind, to_matrix
+from lightning_hinm.pattern import HiNMPattern, from_matrix, layer_kind, named_layers, to_matrix
 from lightning_hinm.saliency import magnitude
 
 LAYOUT_ATTRIBUTE = "hinm_layout"
@@ -128,8 +128,9 @@ def prune(
             negative or not finite, a parametrised weight; all offenders in one message, and nothing was changed.
     """
     layers, skipped = find_layers(model, pattern, include=include, ignore=ignore)
-    scores = _saliencies(layers, saliency)
-    results, done, total = {}, 0, sum(layer.matrix.numel() for layer in layers)
+    scores = saliencies(layers, saliency)
+    results: dict[str, SearchResult] = {}
+    done, total = 0, sum(layer.matrix.numel() for layer in layers)
     for layer in layers:
         share = None
         if time_budget is not None:
@@ -160,7 +161,7 @@ def prune(
             seconds=result.seconds,
             ended_by_budget=result.ended_by_budget,
         )
-    return PruningReport(tuple(reports[name] for name, _ in model.named_modules() if name in reports))
+    return PruningReport(tuple(reports[name] for name in named_layers(model) if name in reports))
 
 
 def set_layout(layer: PrunableLayer, layout: HiNMLayout | None, model: nn.Module) -> None:
@@ -190,7 +191,7 @@ def find_layers(
         ValueError: for entries that match nothing, parametrised, uninitialised or non-finite weights, or nothing to
             prune; all offenders in one message.
     """
-    prunable = {name: kind for name, module in model.named_modules() if (kind := layer_kind(module))}
+    prunable = named_layers(model)
     wrong: list[str] = []
     chosen = _match(model, prunable, include, "include", wrong)
     left_out = _match(model, prunable, ignore, "ignore", wrong) or set()
@@ -201,17 +202,18 @@ def find_layers(
                 f"pattern{'' if entry is None else f'[{entry!r}]'}: got {value!r}, but it must be a HiNMPattern."
             )
         names = prunable if entry is None else _match(model, prunable, [entry], "pattern", wrong)
-        patterns = {name: value for name in names or ()} | patterns
-    layers, skipped, seen = [], [], {}
+        patterns = dict.fromkeys(names or (), value) | patterns
+    layers, skipped = [], []
+    seen: dict[int, str] = {}
     embeddings = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     attention = {
-        f"{name}.{child}".lstrip("."): name
+        id(child): name
         for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention)
-        for child, _ in module.named_modules()
+        for child in module.modules()
     }
-    for name, kind in prunable.items():
-        module = model.get_submodule(name)
+    for name, module in prunable.items():
+        kind = str(layer_kind(module))
         if parametrize.is_parametrized(module, "weight") or "weight" not in module._parameters:
             wanted = (chosen is None or name in chosen) and name not in left_out
             if wanted:
@@ -220,7 +222,7 @@ def find_layers(
                     "weight itself. Remove the parametrisation first, or add the layer to `ignore`"
                 )
             continue
-        weight = module.weight
+        weight: Tensor = module.weight  # type: ignore[assignment]
         if isinstance(weight, nn.parameter.UninitializedParameter):
             wrong.append(f"{name}: its weight is not initialised yet. Run one batch through the model first")
             continue
@@ -233,8 +235,8 @@ def find_layers(
             reason = "no entry of `pattern` matches it"
         elif id(weight) in embeddings:
             reason = f"its weight is that of the embedding {embeddings[id(weight)]!r}"
-        elif name in attention:
-            reason = f"nn.MultiheadAttention {attention[name]!r} reads the projection's weight by itself"
+        elif id(module) in attention:
+            reason = f"nn.MultiheadAttention {attention[id(module)]!r} reads the projection's weight by itself"
         elif id(weight) in seen:
             reason = f"shares its weight with {seen[id(weight)]!r}, and is pruned with it"
         else:
@@ -253,8 +255,8 @@ def find_layers(
     if not layers:
         reasons = "".join(f"\n  {entry.name}: {entry.reason}" for entry in skipped)
         raise ValueError(
-            f"{type(model).__name__} has nothing to prune: of {len(skipped)} Linear, Conv1d, Conv2d and HF Conv1D layers "
-            f"every one is skipped. Choose another `pattern`, `include` or `ignore`.{reasons}"
+            f"{type(model).__name__} has nothing to prune: of {len(skipped)} Linear, Conv1d, Conv2d and HF Conv1D "
+            f"layers every one is skipped. Choose another `pattern`, `include` or `ignore`.{reasons}"
         )
     return layers, skipped
 
@@ -276,7 +278,7 @@ def _does_not_pay(layer: PrunableLayer) -> str | None:
 
 
 def _match(
-    model: nn.Module, prunable: Mapping[str, str], entries: Sequence[str] | None, argument: str, wrong: list[str]
+    model: nn.Module, prunable: Mapping[str, nn.Module], entries: Sequence[str] | None, argument: str, wrong: list[str]
 ) -> set[str] | None:
     """Names of the prunable layers that the entries match; an entry that matches none is added to ``wrong``."""
     if entries is None:
@@ -294,7 +296,7 @@ def _match(
             found = {name for name in prunable if expression.match(name)}
         else:
             found = {name for name in prunable if name == entry or name.startswith(f"{entry}.")}
-            found |= {name for name in prunable if entry in (type(model.get_submodule(name)).__name__, "*")}
+            found |= {name for name, module in prunable.items() if entry in (type(module).__name__, "*")}
         if not found:
             wrong.append(
                 f"{argument}: {entry!r} matches no Linear, Conv1d, Conv2d or HF Conv1D layer of "
@@ -305,8 +307,12 @@ def _match(
     return matched
 
 
-def _saliencies(layers: Sequence[PrunableLayer], saliency: str | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The saliency matrix of every layer, all checked."""
+def saliencies(layers: Sequence[PrunableLayer], saliency: str | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saliency matrix of every layer, all checked.
+
+    Raises:
+        ValueError: for one that is missing, of another shape, negative or not finite; all offenders in one message.
+    """
     if isinstance(saliency, str):
         if saliency != "magnitude":
             raise ValueError(
