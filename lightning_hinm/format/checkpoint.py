@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hinm.format.file import FileContents, write_file
 from lightning_hinm.format.packing import pack, pack_bits, unpack_bits
-from lightning_hinm.format.record import LayerRecord
+from lightning_hinm.format.record import LayerRecord, weight_key
 from lightning_hinm.layout import HiNMLayout, check_layout
-from lightning_hinm.pattern import HiNMPattern, layer_kind
+from lightning_hinm.pattern import HiNMPattern, layer_kind, named_layers
 from lightning_hinm.prune import PrunableLayer, set_layout
 
 CALLBACK = "HiNMPruning"
@@ -103,11 +104,7 @@ def load_layouts(model: nn.Module, ckpt_path: str | os.PathLike[str]) -> nn.Modu
             one message, and no layout was written.
     """
     states = read_layers(load_checkpoint(ckpt_path), str(ckpt_path))
-    modules = {
-        name.replace("_orig_mod.", ""): module
-        for name, module in model.named_modules()
-        if layer_kind(module) is not None
-    }
+    modules = named_layers(model)
     prefix = _common_prefix(list(states), modules)
     found, wrong = [], []
     for name, state in states.items():
@@ -135,6 +132,43 @@ def load_layouts(model: nn.Module, ckpt_path: str | os.PathLike[str]) -> nn.Modu
     for layer, layout in found:
         set_layout(layer, layout, model)
     return model
+
+
+def export_checkpoint(ckpt_path: str | os.PathLike[str], out_path: str | os.PathLike[str]) -> None:
+    """A Lightning checkpoint as a file for ``load_hinm``: its pruned layers packed, all other tensors as they are.
+
+    Needs no model: the callback's state records the kind of each layer. Names stay those of the LightningModule.
+
+    Raises:
+        ValueError: if the checkpoint has no layouts, or weights that do not obey them; all offenders in one message,
+            and nothing was written.
+    """
+    checkpoint = load_checkpoint(ckpt_path)
+    states = read_layers(checkpoint, str(ckpt_path))
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{ckpt_path}: holds no state_dict, but a Lightning checkpoint has one.")
+    tensors, layers, packed, wrong = dict(weights), {}, {}, []
+    for name, state in states.items():
+        record, weight = state.record, weights.get(weight_key(name))
+        if not isinstance(weight, Tensor) or weight.shape != record.shape:
+            wrong.append(f"{name}: its weight is {_describe(weight)}, but its mask {list(record.shape)}.")
+        elif state.layout is None:
+            wrong.append(f"{name}: it has no layout yet. {UNFINISHED}")
+        else:
+            try:
+                one = pack(record.rows_first(weight), state.layout, groups=record.groups, name=name)
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
+            for key, tensor in weights.items():  # tied layers are pruned together, and named once
+                if isinstance(tensor, Tensor) and tensor.is_set_to(weight):
+                    del tensors[key]
+                    tied = key.removesuffix("weight").removesuffix(".")
+                    layers[tied], packed[tied] = record, one
+    if wrong:
+        raise ValueError(f"{ckpt_path}: was not exported:\n  " + "\n  ".join(wrong))
+    write_file(FileContents(layers, packed, tensors), out_path)
 
 
 def load_checkpoint(ckpt_path: str | os.PathLike[str]) -> dict[str, Any]:

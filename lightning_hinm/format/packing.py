@@ -234,6 +234,9 @@ def check_packed(packed: HiNMWeight, name: str = "packed weight", *, groups: int
     if len(shape) < 2 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"{name}: shape={list(shape)}, but a weight has at least two dimensions, all positive.")
     rows, in_features, bits = shape[0], math.prod(shape[1:]), position_bits(pattern)
+    # Each run keeps a group at least: bounds the runs that a shape can claim before they are listed.
+    if pattern.window and in_features > max(packed.vector_index.numel(), 4) * pattern.window:
+        raise ValueError(f"{name}: shape={list(shape)}, but vector_index has too few columns for it.")
     kept = pattern.kept(in_features)
     count = kept // pattern.m * pattern.n
     expected = {
