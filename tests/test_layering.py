@@ -28,10 +28,10 @@ ALLOWED: dict[str, set[str]] = {
     # inference arm
     "kernels": set(),
     "ops": {"pattern", "layout", "format", "kernels"},
-    "modules": {"pattern", "layout", "format", "ops"},
-    "plan": {"pattern", "layout", "format", "kernels", "ops", "modules"},
+    "plan": {"pattern", "layout", "format", "prune", "kernels", "ops"},
+    "modules": {"pattern", "layout", "format", "prune", "ops", "plan"},
     "passes": {"pattern", "layout", "format", "ops", "modules", "plan"},
-    "backend": {"pattern", "layout", "format", "ops", "modules", "plan", "passes"},
+    "backend": {"pattern", "layout", "format", "prune", "ops", "modules", "plan", "passes"},
     # training arm
     "callback": {"pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune", "metrics"},
     "metrics": {"pattern", "layout", "mask"},

@@ -1,0 +1,373 @@
+"""Layers that hold a packed weight and call one op; ``to_hinm`` puts them in a pruned model's place.
+
+Shapes: O rows, I columns, T tiles of V rows, P kept columns of a tile.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_hinm.format import HiNMWeight, check_packed, expand, pack, unpack
+from lightning_hinm.ops import hinm_conv2d, hinm_linear
+from lightning_hinm.pattern import from_matrix, layer_kind
+from lightning_hinm.prune import PrunableLayer, layout_of
+
+log = logging.getLogger(__name__)
+
+PACKED_TENSORS = ("values", "metadata", "vector_index", "output_order")
+# What a forward or state-dict call of the dense layer would have run; the swapped layer runs it too.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+class HiNMLayer(nn.Module):
+    """A packed weight as four buffers, and its bias.
+
+    ``expansion`` (``[T, V, P]``, the kept vectors, dense inside each tile) is what the op multiplies by. It is made
+    with the layer, again whenever a ``state_dict`` is loaded, follows ``.to()``, and is never saved. Made at the first
+    call instead, it would be a side effect that ``torch.compile`` and ``torch.export`` have to trace.
+
+    Args:
+        packed: the packed weight.
+        bias: ``[O]``, or None.
+        kind: of the layer that it replaces, as ``pattern.layer_kind`` tells.
+        groups: channel groups of a convolution.
+
+    Raises:
+        ValueError: if ``packed`` breaks any rule of the packing.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    vector_index: Tensor
+    output_order: Tensor
+    expansion: Tensor
+
+    def __init__(self, packed: HiNMWeight, bias: nn.Parameter | None, *, kind: str, groups: int = 1) -> None:
+        super().__init__()
+        self.kind, self.groups = kind, groups
+        self.shape, self.pattern = tuple(packed.shape), packed.pattern
+        if not packed.values.is_meta:
+            check_packed(packed, type(self).__name__, groups=groups)
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("expansion", expand(packed), persistent=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def packed(self) -> HiNMWeight:
+        """The packed weight; its tensors are the layer's own buffers."""
+        tensors = {name: self._buffers[name] for name in PACKED_TENSORS}
+        return HiNMWeight(**tensors, shape=self.shape, pattern=self.pattern)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense masked weight, unpacked at each access: right for whoever reads it, but slow, and not trainable."""
+        matrix = unpack(self.packed).flatten(1)
+        shape = (self.shape[1], self.shape[0]) if self.kind == "hf_conv1d" else self.shape
+        return from_matrix(matrix, self.kind, shape)
+
+    @torch.no_grad()
+    def repack(self, packed: HiNMWeight) -> None:
+        """Takes another weight of the same shape and pattern, in place, so that compiled graphs see it."""
+        for name, tensor in packed.tensors.items():
+            self._buffers[name].copy_(tensor)  # type: ignore[union-attr]
+        self.expansion.copy_(expand(self.packed))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        *_, error_msgs = args
+        incoming = {name: state_dict.get(prefix + name, self._buffers[name]) for name in PACKED_TENSORS}
+        if not any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in incoming.values()):
+            try:  # before anything is copied: a damaged index would be a read out of bounds
+                check_packed(
+                    HiNMWeight(**incoming, shape=self.shape, pattern=self.pattern), prefix[:-1], groups=self.groups
+                )
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        with torch.inference_mode(False), torch.no_grad():
+            self.expansion = expand(self.packed)
+
+    def _pattern_repr(self) -> str:
+        pattern = self.pattern
+        window = "" if pattern.runs(math.prod(self.shape[1:]))[1:] == [] else f", window={pattern.window}"
+        return f"vector_size={pattern.vector_size}, sparsity={pattern.sparsity:g}, {pattern.n}:{pattern.m}{window}"
+
+
+class HiNMLinear(HiNMLayer):
+    """A packed ``nn.Linear``, or Hugging Face ``Conv1D``, which computes the same. ``[..., I]`` -> ``[..., O]``."""
+
+    def __init__(self, packed: HiNMWeight, bias: nn.Parameter | None, *, kind: str = "linear") -> None:
+        super().__init__(packed, bias, kind=kind)
+        self.out_features, self.in_features = self.shape
+        if kind == "hf_conv1d":  # the names that its users read
+            self.nf, self.nx = self.shape
+
+    @classmethod
+    def from_packed(cls, dense: nn.Module, packed: HiNMWeight) -> "HiNMLinear":
+        """The layer that takes the place of ``dense``, with its bias and ``packed`` as its weight.
+
+        Raises:
+            ValueError: if ``packed`` is not a weight of that layer's shape.
+        """
+        kind = _kind_of(cls, dense, ("linear", "hf_conv1d"))
+        return cls(_of_shape(dense, kind, packed), dense.bias, kind=kind)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pattern = self.pattern
+        return hinm_linear(
+            x,
+            self.values,
+            self.metadata,
+            self.vector_index,
+            self.output_order,
+            self.bias,
+            self.expansion,
+            self.in_features,
+            pattern.vector_size,
+            pattern.n,
+            pattern.m,
+        )
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._pattern_repr()}"
+
+
+class HiNMConv2d(HiNMLayer):
+    """A packed ``nn.Conv2d`` or ``nn.Conv1d``: the latter is a convolution over images of height 1."""
+
+    def __init__(
+        self,
+        packed: HiNMWeight,
+        bias: nn.Parameter | None,
+        *,
+        kind: str = "conv2d",
+        stride: tuple[int, ...],
+        padding: tuple[int, ...] | str,
+        dilation: tuple[int, ...],
+        groups: int,
+        padding_mode: str,
+    ) -> None:
+        super().__init__(packed, bias, kind=kind, groups=groups)
+        self.out_channels, self.in_channels = self.shape[0], self.shape[1] * groups
+        self.kernel_size, self.stride, self.dilation = self.shape[2:], tuple(stride), tuple(dilation)
+        self.padding = padding if isinstance(padding, str) else tuple(padding)
+        self.padding_mode = padding_mode
+        self._pads = self._resolve_padding()
+
+    @classmethod
+    def from_packed(cls, dense: nn.Module, packed: HiNMWeight) -> "HiNMConv2d":
+        """The layer that takes the place of ``dense``, with its bias and ``packed`` as its weight.
+
+        Raises:
+            ValueError: if ``packed`` is not a weight of that layer's shape.
+        """
+        kind = _kind_of(cls, dense, ("conv1d", "conv2d"))
+        return cls(
+            _of_shape(dense, kind, packed),
+            dense.bias,  # type: ignore[arg-type]
+            kind=kind,
+            **{name: getattr(dense, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")},
+        )
+
+    def _resolve_padding(self) -> tuple[tuple[int, int], ...]:
+        """(before, after) of each spatial dimension."""
+        if self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            return tuple((total // 2, total - total // 2) for total in totals)
+        sizes = (0,) * len(self.kernel_size) if self.padding == "valid" else self.padding
+        return tuple((size, size) for size in sizes)  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = self._pads
+        if self.padding_mode != "zeros" or any(before != after for before, after in pads):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, [size for pad in reversed(pads) for size in pad], mode=mode)
+            pads = ((0, 0),) * len(pads)
+        flat = self.kind == "conv1d"
+        out = hinm_conv2d(
+            x.unsqueeze(-2) if flat else x,
+            self.values,
+            self.metadata,
+            self.vector_index,
+            self.output_order,
+            self.bias,
+            self.expansion,
+            *self.geometry(tuple(before for before, _ in pads)),
+        )
+        return out.squeeze(-2) if flat else out
+
+    def geometry(self, padding: tuple[int, ...]) -> tuple[int, ...]:
+        """The op's numbers, with ``padding`` zeros on both sides of each dimension."""
+        one = (1,) * (2 - len(padding))
+        zero = (0,) * (2 - len(padding))
+        pattern = self.pattern
+        spatial = (*one, *self.kernel_size, *one, *self.stride, *zero, *padding, *one, *self.dilation)
+        return (self.in_channels, *spatial, self.groups, pattern.vector_size, pattern.n, pattern.m)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"padding_mode={self.padding_mode}, {self._pattern_repr()}"
+        )
+
+
+def _kind_of(cls: type, dense: nn.Module, kinds: tuple[str, ...]) -> str:
+    kind = layer_kind(dense)
+    if kind not in kinds:
+        raise ValueError(
+            f"{cls.__name__}.from_packed: got a {type(dense).__name__}, but takes only {', '.join(kinds)}."
+        )
+    return kind
+
+
+def _of_shape(dense: nn.Module, kind: str, packed: HiNMWeight) -> HiNMWeight:
+    shape: tuple[int, ...] = tuple(dense.weight.shape)  # type: ignore[arg-type]
+    shape = shape[::-1] if kind == "hf_conv1d" else shape
+    if tuple(packed.shape) != shape:
+        raise ValueError(
+            f"{type(dense).__name__}: its weight is {list(shape)} as [out, in, ...], but the packed weight is "
+            f"{list(packed.shape)}. It belongs to another layer."
+        )
+    return packed
+
+
+def pack_layer(dense: nn.Module, *, name: str = "layer", packed: HiNMWeight | None = None) -> HiNMLayer:
+    """The packed layer that computes what a pruned ``dense`` layer computes, on its device.
+
+    Args:
+        dense: a prunable layer that carries a layout.
+        name: for messages.
+        packed: its weight, if that is packed already.
+
+    Raises:
+        ValueError: if the weight has anything outside the pattern.
+    """
+    packed = packed or pack_weight(dense, name=name)
+    layer_class = HiNMLinear if layer_kind(dense) in ("linear", "hf_conv1d") else HiNMConv2d
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could never be saved for a gradient
+        return layer_class.from_packed(dense, packed).train(dense.training)
+
+
+def pack_weight(dense: nn.Module, *, name: str = "layer") -> HiNMWeight:
+    """``pack`` for the weight of a pruned layer of any kind, by the layout that it carries."""
+    layout = layout_of(dense)
+    if layout is None:
+        raise ValueError(
+            f"{name}: has no layout, but only a pruned layer can be packed. Prune it, or call load_layouts."
+        )
+    layer = PrunableLayer(name, dense, layer_kind(dense) or "", layout.pattern)
+    weight = layer.matrix if layer.kind == "hf_conv1d" else layer.weight.detach()
+    with torch.inference_mode(False), torch.no_grad():
+        return pack(weight, layout, groups=layer.groups, name=name)
+
+
+def to_hinm(model: nn.Module, *, plan: str = "sparse", inplace: bool = False) -> nn.Module:
+    """The model with every pruned layer packed; no tracing, so it works where ``torch.compile`` fails.
+
+    Args:
+        model: a pruned model, on its final device; a single pruned layer is a model too.
+        plan: ``"sparse"`` packs every layer that has a layout, ``"dense"`` none.
+        inplace: swap the layers of ``model`` itself and free each dense weight as it goes. Otherwise ``model`` stays
+            as it is, and everything but the dense weights is copied.
+
+    Returns:
+        The converted model; ``model`` itself if ``inplace``, unless it is a single layer.
+
+    Raises:
+        ValueError: for a model without any layout, or weights that are not zero outside their pattern: all offending
+            layers in one message, and nothing was changed.
+    """
+    if plan not in ("sparse", "dense"):
+        raise ValueError(f"to_hinm: plan={plan!r} must be 'sparse' or 'dense'.")
+    chosen = _packable(model) if plan == "sparse" else {}
+    packed = _pack_all(chosen)
+    log.info("to_hinm: packed %d layers of %s", len(chosen), type(model).__name__)
+    places = _places(model)
+    memo: dict[int, Any] = {}
+    while chosen:  # whoever holds a dense layer is let go with it
+        _, module = chosen.popitem()
+        layer = pack_layer(module, packed=packed[id(module.weight)])
+        if not inplace:
+            layer.bias = copy.deepcopy(layer.bias, memo)
+        _take_hooks(layer, module)
+        memo[id(module)] = layer
+        if inplace:
+            for parent, attribute in places.get(id(module), ()):
+                parent._modules[attribute] = layer
+            if module is model:
+                return layer
+    if not inplace:
+        model = copy.deepcopy(model, memo)
+    _leave_fast_path(model)
+    return model
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module hangs, by its id: a shared one hangs in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, attribute))
+    return places
+
+
+def _packable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers to convert by name, a shared one once."""
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    own = {id(module) for attention in attentions for module in attention.modules()}  # it reads their weights itself
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if layer_kind(module) is not None and layout_of(module) is not None and id(module) not in own
+    }
+    if not chosen and not any(isinstance(module, HiNMLayer) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__}: no layer has a layout, but only pruned layers can be packed. Prune the model by "
+            "prune() or HiNMPruning; in a new process, call load_layouts(model, ckpt_path) after loading the weights."
+        )
+    return chosen
+
+
+def _pack_all(layers: Mapping[str, nn.Module]) -> dict[int, HiNMWeight]:
+    """Packed weights by the id of the dense one, so that tied layers share theirs; all offenders in one message."""
+    packed: dict[int, HiNMWeight] = {}
+    wrong = []
+    for name, module in layers.items():
+        if id(module.weight) in packed:
+            continue
+        try:
+            packed[id(module.weight)] = pack_weight(module, name=name)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("Nothing was converted:\n  " + "\n  ".join(wrong))
+    return packed
+
+
+def _take_hooks(layer: nn.Module, dense: nn.Module) -> None:
+    for name in (*HOOKS, *HOOK_FLAGS):
+        getattr(layer, name).update(getattr(dense, name))
+    layer._is_full_backward_hook = dense._is_full_backward_hook
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Keeps ``nn.TransformerEncoderLayer`` from its fused kernel, which would read the dense weights of its layers.
+
+    Only on the instances that hold a packed layer, by the attributes that their own ``forward`` asks.
+    """
+    for module in model.modules():
+        holds = any(isinstance(child, HiNMLayer) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and holds:
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and holds:
+            module.use_nested_tensor = False

@@ -1,0 +1,344 @@
+"""``torch.ops.hinm.linear`` and ``torch.ops.hinm.conv2d``: one schema, a fake, a kernel and a derivative each.
+
+The kernel below is the specification, for any device: gather the kept columns of each tile, one batched product with
+the expanded tiles, rows back in their original order.
+
+Shapes: O rows, I columns (of one group in a grouped convolution), T tiles of V rows, P kept columns of a tile, N
+tokens; B images of L output pixels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hinm.format import HiNMWeight, expand
+from lightning_hinm.layout import inverse
+from lightning_hinm.pattern import HiNMPattern
+
+# Tokens that the CPU computes at a time: what it gathers for them, T * P * 64 numbers, stays in the caches. On 2 cores
+# with 1 MiB of L2 each, 32 and 128 were both slower, and without blocks V=128 at 75 % was slower than dense.
+BLOCK_TOKENS = 64
+
+_LIBRARY = torch.library.Library("hinm", "DEF")
+_PACKED = "Tensor values, Tensor metadata, Tensor vector_index, Tensor output_order, Tensor? bias, Tensor? expansion"
+_PATTERN = "int vector_size, int n, int m"
+# Tags promise nothing about strides: both kernels take any input and return a contiguous tensor of its own.
+_LIBRARY.define(f"linear(Tensor x, {_PACKED}, int in_features, {_PATTERN}) -> Tensor")
+_LIBRARY.define(
+    f"conv2d(Tensor x, {_PACKED}, int in_channels, int kernel_height, int kernel_width, int stride_height, "
+    "int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width, int groups, "
+    f"{_PATTERN}) -> Tensor"
+)
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    vector_index: Tensor,
+    output_order: Tensor,
+    bias: Tensor | None,
+    expansion: Tensor | None,
+    in_features: int,
+    vector_size: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    """``F.linear(x, unpack(packed), bias)``: ``[..., I]`` -> ``[..., O]``."""
+    _check_linear(x, values, expansion, in_features)
+    tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
+    columns, restore = _columns_of_x(vector_index, in_features), inverse(output_order.to(torch.int64))
+    tokens = x.reshape(-1, in_features)  # [N, I]
+    out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
+    step = BLOCK_TOKENS if x.device.type == "cpu" else max(tokens.shape[0], 1)
+    for first in range(0, tokens.shape[0], step):
+        block = tokens[first : first + step].t().contiguous()  # [I, step]: a column is one run of memory
+        _write(_product(tiles, block, columns, restore).t(), bias, out[first : first + step])
+    return out.reshape(*x.shape[:-1], restore.shape[0])
+
+
+def _linear_fake(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    vector_index: Tensor,
+    output_order: Tensor,
+    bias: Tensor | None,
+    expansion: Tensor | None,
+    in_features: int,
+    vector_size: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    _check_linear(x, values, expansion, in_features)
+    return x.new_empty(*x.shape[:-1], output_order.shape[0])
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of ``x`` and ``bias``; a packed weight takes no gradient."""
+    values, metadata, vector_index, output_order, expansion = ctx.saved_tensors
+    in_features, vector_size, n, m = ctx.geometry
+    grad_x = grad_bias = None
+    rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)  # [N, O]
+    if ctx.needs_input_grad[0]:
+        tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
+        gathered = _transposed_product(tiles, rows.t().unsqueeze(0), output_order)  # [1, T * P, N]
+        columns = _columns_of_x(vector_index, in_features)
+        grad_x = grad.new_zeros(in_features, rows.shape[0]).index_add(0, columns, gathered[0]).t()
+        grad_x = grad_x.reshape(*grad.shape[:-1], in_features)
+    if ctx.needs_input_grad[5]:
+        grad_bias = rows.sum(dim=0)
+    return grad_x, None, None, None, None, grad_bias, None, None, None, None, None
+
+
+def _conv2d(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    vector_index: Tensor,
+    output_order: Tensor,
+    bias: Tensor | None,
+    expansion: Tensor | None,
+    in_channels: int,
+    kernel_height: int,
+    kernel_width: int,
+    stride_height: int,
+    stride_width: int,
+    padding_height: int,
+    padding_width: int,
+    dilation_height: int,
+    dilation_width: int,
+    groups: int,
+    vector_size: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    """``F.conv2d(x, unpack(packed), bias, ...)``: ``[B, C, H, W]`` -> ``[B, O, OH, OW]``, or both without B."""
+    kernel, stride = (kernel_height, kernel_width), (stride_height, stride_width)
+    padding, dilation = (padding_height, padding_width), (dilation_height, dilation_width)
+    height, width = _check_conv2d(x, values, expansion, in_channels, kernel, stride, padding, dilation)
+    tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
+    columns = _columns_of_x(vector_index, in_channels // groups * kernel_height * kernel_width, groups)
+    restore = inverse(output_order.to(torch.int64))
+    images = x.reshape(-1, *x.shape[-3:])
+    pixels = height * width
+    out = x.new_empty(images.shape[0], restore.shape[0], pixels)  # [B, O, L]
+    step = max(BLOCK_TOKENS // pixels, 1) if x.device.type == "cpu" else max(images.shape[0], 1)
+    for first in range(0, images.shape[0], step):
+        block = _unfold(images[first : first + step], kernel, stride, padding, dilation)  # [b, G * I, L]
+        product = _product(tiles, block.transpose(0, 1).flatten(1), columns, restore).unflatten(1, (-1, pixels))
+        _write(product.transpose(0, 1), None if bias is None else bias[:, None], out[first : first + step])
+    return out.reshape(*x.shape[:-3], restore.shape[0], height, width)
+
+
+def _conv2d_fake(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    vector_index: Tensor,
+    output_order: Tensor,
+    bias: Tensor | None,
+    expansion: Tensor | None,
+    in_channels: int,
+    kernel_height: int,
+    kernel_width: int,
+    stride_height: int,
+    stride_width: int,
+    padding_height: int,
+    padding_width: int,
+    dilation_height: int,
+    dilation_width: int,
+    groups: int,
+    vector_size: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    kernel, stride = (kernel_height, kernel_width), (stride_height, stride_width)
+    padding, dilation = (padding_height, padding_width), (dilation_height, dilation_width)
+    height, width = _check_conv2d(x, values, expansion, in_channels, kernel, stride, padding, dilation)
+    return x.new_empty(*x.shape[:-3], output_order.shape[0], height, width)
+
+
+def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of ``x`` and ``bias``; a packed weight takes no gradient."""
+    values, metadata, vector_index, output_order, expansion = ctx.saved_tensors
+    in_channels, kh, kw, sh, sw, ph, pw, dh, dw, groups, vector_size, n, m = ctx.geometry
+    grad_x = grad_bias = None
+    images = grad.flatten(-2) if grad.dim() == 4 else grad.flatten(-2).unsqueeze(0)  # [B, O, L]
+    if ctx.needs_input_grad[0]:
+        tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
+        gathered = _transposed_product(tiles, images, output_order)  # [B, T * P, L]
+        columns = _columns_of_x(vector_index, in_channels // groups * kh * kw, groups)
+        unfolded = grad.new_zeros(images.shape[0], in_channels * kh * kw, images.shape[2])
+        unfolded = unfolded.index_add(1, columns, gathered)
+        size = ctx.x_shape[-2:]
+        grad_x = F.fold(unfolded, size, (kh, kw), (dh, dw), (ph, pw), (sh, sw)).reshape(ctx.x_shape)
+    if ctx.needs_input_grad[5]:
+        grad_bias = images.sum(dim=(0, 2))
+    return grad_x, None, None, None, None, grad_bias, *[None] * 14
+
+
+def _product(tiles: Tensor, columns: Tensor, kept: Tensor, restore: Tensor) -> Tensor:
+    """``[T, V, P]`` times the kept rows of ``[I, N]``, in the original order: ``[O, N]``; virtual rows drop out."""
+    gathered = columns.index_select(0, kept).unflatten(0, (tiles.shape[0], tiles.shape[2]))  # [T, P, N]
+    return torch.bmm(tiles, gathered).flatten(0, 1).index_select(0, restore)
+
+
+def _transposed_product(tiles: Tensor, grad: Tensor, output_order: Tensor) -> Tensor:
+    """The gradient of what ``_product`` gathered: ``[B, O, L]`` -> ``[B, T * P, L]``."""
+    rows = grad.index_select(1, output_order.to(torch.int64))
+    rows = F.pad(rows, (0, 0, 0, -rows.shape[1] % tiles.shape[1])).unflatten(1, tiles.shape[:2])  # [B, T, V, L]
+    return torch.matmul(tiles.transpose(1, 2), rows).flatten(1, 2)
+
+
+def _write(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        out.copy_(product)
+    else:
+        torch.add(product, bias, out=out)
+
+
+def _columns_of_x(vector_index: Tensor, in_features: int, groups: int = 1) -> Tensor:
+    """The column of ``x`` that each kept vector multiplies: int64 ``[T * P]``.
+
+    The values of virtual columns are zero, so any real column may stand for them.
+    """
+    columns = vector_index.to(torch.int64).clamp(max=in_features - 1)
+    if groups > 1:
+        group = torch.arange(groups, device=columns.device).repeat_interleave(columns.shape[0] // groups)
+        columns = columns + in_features * group.unsqueeze(1)
+    return columns.flatten()
+
+
+def _expansion(
+    values: Tensor,
+    metadata: Tensor,
+    vector_index: Tensor,
+    output_order: Tensor,
+    expansion: Tensor | None,
+    vector_size: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    """The expansion that was passed, else decoded now. ``[T, V, P]``."""
+    if expansion is not None:
+        return expansion
+    pattern = HiNMPattern(vector_size, 0.0, n, m, None)  # decoding asks only for V, n and m
+    shape = (values.shape[0], vector_index.shape[1])
+    return expand(HiNMWeight(values, metadata, vector_index, output_order, shape, pattern))
+
+
+def _unfold(
+    x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
+    """``[B, C, H, W]`` -> ``[B, C * kh * kw, L]``; a 1 x 1 kernel needs no copy."""
+    if kernel != (1, 1):
+        return F.unfold(x, kernel, dilation, padding, stride)
+    if padding != (0, 0):
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    return x[:, :, :: stride[0], :: stride[1]].flatten(2)
+
+
+def _check_linear(x: Tensor, values: Tensor, expansion: Tensor | None, in_features: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"hinm::linear: x has shape {list(x.shape)}, but its last dimension must be in_features={in_features}. "
+            "Check the layer before this one."
+        )
+    _check_kind("linear", x, values if expansion is None else expansion)
+
+
+def _check_conv2d(
+    x: Tensor,
+    values: Tensor,
+    expansion: Tensor | None,
+    in_channels: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """The output's height and width."""
+    if x.dim() not in (3, 4) or x.shape[-3] != in_channels:
+        raise ValueError(
+            f"hinm::conv2d: x has shape {list(x.shape)}, but it must be [C, H, W] or [B, C, H, W] with "
+            f"C = in_channels={in_channels}. Check the layer before this one."
+        )
+    _check_kind("conv2d", x, values if expansion is None else expansion)
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    padded = [size + 2 * p for size, p in zip(x.shape[-2:], padding, strict=True)]
+    if padded[0] < reach[0] or padded[1] < reach[1]:
+        raise ValueError(
+            f"hinm::conv2d: x is {padded[0]} x {padded[1]} with its padding, but the kernel with its dilation is "
+            f"{reach[0]} x {reach[1]}. Pass a larger image."
+        )
+    return (padded[0] - reach[0]) // stride[0] + 1, (padded[1] - reach[1]) // stride[1] + 1
+
+
+def _check_kind(op: str, x: Tensor, weight: Tensor) -> None:
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"hinm::{op}: x is {x.dtype}, but the packed weight is {weight.dtype}. Cast x, or convert the layer with "
+            f".to({x.dtype})."
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"hinm::{op}: x is on {x.device}, but the packed weight is on {weight.device}. Move one of them with .to()."
+        )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, metadata, vector_index, output_order, _, expansion, *geometry = inputs
+    ctx.save_for_backward(values, metadata, vector_index, output_order, expansion)
+    ctx.geometry, ctx.x_shape = geometry, x.shape
+
+
+def _autocast(op: Any, device: str) -> Any:
+    """Under autocast ``x``, weight and bias take its dtype, as those of ``F.linear`` and ``F.conv2d`` do."""
+
+    def cast_and_call(
+        x: Tensor,
+        values: Tensor,
+        metadata: Tensor,
+        vector_index: Tensor,
+        output_order: Tensor,
+        bias: Tensor | None,
+        expansion: Tensor | None,
+        *geometry: int,
+    ) -> Tensor:
+        lower = torch.get_autocast_dtype(device)
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(lower)
+
+        with torch.autocast(device, enabled=False):
+            return op(
+                cast(x),
+                values if expansion is not None else cast(values),
+                metadata,
+                vector_index,
+                output_order,
+                cast(bias),
+                cast(expansion),
+                *geometry,
+            )
+
+    return cast_and_call
+
+
+for _name, _kernel, _fake, _backward in (
+    ("linear", _linear, _linear_fake, _linear_backward),
+    ("conv2d", _conv2d, _conv2d_fake, _conv2d_backward),
+):
+    for _device in ("cpu", "cuda"):
+        _LIBRARY.impl(_name, _kernel, _device.upper())
+        _autocast_kernel = _autocast(getattr(torch.ops.hinm, _name).default, _device)
+        _LIBRARY.impl(_name, _autocast_kernel, f"Autocast{_device.upper()}")
+    torch.library.register_fake(f"hinm::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"hinm::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+# The overloads themselves: a call through ``torch.ops.hinm.linear`` resolves them anew.
+hinm_linear = torch.ops.hinm.linear.default
+hinm_conv2d = torch.ops.hinm.conv2d.default
