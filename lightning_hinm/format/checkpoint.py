@@ -177,11 +177,11 @@ def load_checkpoint(ckpt_path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: if the file is no checkpoint, or holds more than tensors and primitives.
     """
+    with open(ckpt_path, "rb"):  # a file that is not there, or not ours to read, stays an OSError
+        pass
     try:
         loaded = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(ckpt_path))
-    except OSError:
-        raise
-    except Exception as error:  # whatever the parser met in a damaged file
+    except Exception as error:  # whatever the parser met in a damaged file; OSError, too
         raise ValueError(f"{ckpt_path}: not a checkpoint that `weights_only=True` can load: {error}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{ckpt_path}: holds {_describe(loaded)}, but a Lightning checkpoint is a dict.")
