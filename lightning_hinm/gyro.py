@@ -289,7 +289,7 @@ def _gyro(problem: _Problem, order: Tensor, index: Tensor) -> tuple[Tensor, Tens
     if problem.output_order is None:
         order = _gyro_rows(problem, order)
         index = choose_vectors(problem.saliency, problem.pattern, order)
-    return order, _gyro_vectors(problem, order, index)
+    return order, _assign_vectors(problem, order, index, pruned=False)
 
 
 def _gyro_rows(problem: _Problem, order: Tensor) -> Tensor:
@@ -345,48 +345,52 @@ def _balanced_clusters(problem: _Problem, points: Tensor, count: int, steps: int
     return members
 
 
-def _gyro_vectors(problem: _Problem, order: Tensor, index: Tensor) -> Tensor:
-    """Sample one vector of every group of a tile, assign the vectors to the groups; keep the gains of each tile."""
+def _assign_vectors(problem: _Problem, order: Tensor, index: Tensor, *, pruned: bool) -> Tensor:
+    """Sample one vector of every group of a tile and assign them to the groups anew; keep the gains of each tile.
+
+    With ``pruned``, the columns that the tile prunes stand for election too: the exchange method's own addition.
+    """
     pattern, index = problem.pattern, index.clone()
-    if pattern.n == pattern.m:
-        return index  # groups mean nothing
-    tiles = problem.tiles(order)
-    padded = torch.nn.functional.pad(tiles, (0, 0, 0, pattern.padded(tiles.shape[1]) - tiles.shape[1]))
+    tiles, allowed = problem.tiles(order), problem.allowed(order)
     start = 0
     for first, last in pattern.runs(tiles.shape[1]):
         stop = start + pattern.kept_of_run(last - first)
-        # groups that virtual columns complete stay as they are
-        groups = (min(stop - start, last - first)) // pattern.m
-        if groups > 1:
-            for tile in range(len(tiles)):
-                slots = index[tile, start : start + groups * pattern.m]
-                slots.copy_(_gyro_tile(problem, padded[tile], slots.unflatten(0, (groups, pattern.m))).flatten())
+        # a group that virtual columns complete stays as it is
+        groups = min(stop - start, last - first) // pattern.m
+        for tile in range(len(tiles)):
+            slots = index[tile, start : start + groups * pattern.m]
+            free = allowed[tile].clone() if pruned else torch.zeros_like(allowed[tile])
+            free[:first], free[last:] = False, False
+            free[index[tile, start : start + min(stop - start, last - first)]] = False
+            if groups > 1 and (pattern.n < pattern.m or pruned):
+                slots.copy_(_assign_tile(problem, tiles[tile], slots, free.nonzero().squeeze(1)))
         start = stop
     return index
 
 
-def _gyro_tile(problem: _Problem, columns: Tensor, groups: Tensor) -> Tensor:
-    """One tile's share of one run: ``columns`` ``[I, V]`` as points, ``groups`` ``[G, m]`` column numbers."""
-    count, m = groups.shape
+def _assign_tile(problem: _Problem, columns: Tensor, slots: Tensor, pruned: Tensor) -> Tensor:
+    """One tile's share of one run: ``columns`` ``[I, V]`` as points, ``slots`` and ``pruned`` their numbers."""
+    m = problem.pattern.m
+    base = torch.arange(0, slots.numel(), m, device=slots.device)
     failures = 0
     while failures < RETRIES and not problem.clock.expired():
-        pick = torch.randint(m, (count,), generator=problem.generator).to(groups.device)
-        value, others, nth = _replacement_parts(columns[groups.flatten()].unsqueeze(0), problem.pattern)
-        slot = torch.arange(count, device=groups.device) * m + pick
-        sampled = groups.flatten()[slot]
-        values = _replacement_values(others[:, slot], nth[:, slot], columns[sampled].unsqueeze(0))[0]  # [G, G]
-        choice = _assign(values)
-        gain = values.gather(1, choice.unsqueeze(1)).sum() - value[0, slot].sum()
-        if gain > 1e-6 * value[0, slot].sum():
-            groups = groups.flatten().index_copy(0, slot, sampled[choice]).unflatten(0, (count, m))
-            failures = 0
+        at = base + torch.randint(m, base.shape, generator=problem.generator).to(slots.device)  # a slot of each group
+        value, others, nth = _replacement_parts(columns[slots].unsqueeze(0), problem.pattern)
+        candidates = torch.cat((slots[at], pruned))
+        values = _replacement_values(others[:, at], nth[:, at], columns[candidates].unsqueeze(0))[0]
+        choice = _assign(values)  # [G] into the candidates
+        before = value[0, at].sum()
+        if values.gather(1, choice.unsqueeze(1)).sum() > before * (1 + 1e-6):
+            slots = slots.index_copy(0, at, candidates[choice])
+            left = torch.ones_like(candidates, dtype=torch.bool).index_fill(0, choice, False)
+            pruned, failures = candidates[left], 0
         else:
             failures += 1
-    return groups
+    return slots
 
 
 def _assign(values: Tensor) -> Tensor:
-    """The column of each row in the assignment with the largest sum: ``[N, N]`` -> int64 ``[N]``."""
+    """The column of each row in the assignment with the largest sum: ``[N, M >= N]`` -> int64 ``[N]``."""
     from scipy.optimize import linear_sum_assignment  # here: importing the package stays light
 
     _, columns = linear_sum_assignment(values.cpu().numpy(), maximize=True)
@@ -417,7 +421,9 @@ def _exchange(problem: _Problem, order: Tensor, index: Tensor) -> tuple[Tensor, 
         if same or problem.clock.expired():
             break
         order, index = moved, _exchange_vectors(problem, moved, index, steps=3)
-    return order, _exchange_vectors(problem, order, index)
+    index = _exchange_vectors(problem, order, index)
+    # Where no pair gains, longer cycles still do: one vector of every group at once, assigned exactly.
+    return order, _assign_vectors(problem, order, index, pruned=True)
 
 
 def _move_rows(problem: _Problem, order: Tensor, index: Tensor, temperature: float) -> Tensor:
