@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_hinm.format import HiNMWeight, load_layouts, pack, unpack
 from lightning_hinm.gyro import gyro_permute
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import hinm_mask, retained
@@ -9,6 +10,7 @@ from lightning_hinm.modules import to_hinm
 from lightning_hinm.pattern import HiNMPattern
 from lightning_hinm.prune import prune
 from lightning_hinm.schedule import GradualSchedule
+from lightning_hinm.store import load_hinm, save_hinm
 
 if TYPE_CHECKING:
     from lightning_hinm.callback import HiNMPruning
@@ -18,11 +20,17 @@ __all__ = [
     "HiNMLayout",
     "HiNMPattern",
     "HiNMPruning",
+    "HiNMWeight",
     "gyro_permute",
     "hinm_mask",
+    "load_hinm",
+    "load_layouts",
+    "pack",
     "prune",
     "retained",
+    "save_hinm",
     "to_hinm",
+    "unpack",
 ]
 
 

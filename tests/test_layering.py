@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_hinm"
 ALLOWED: dict[str, set[str]] = {
     "__init__": {
         "pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune",
-        "ops", "modules", "plan", "passes", "backend", "callback", "metrics",
+        "ops", "modules", "plan", "store", "passes", "backend", "callback", "metrics",
     },
     "__main__": {"format"},
     # core
@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"pattern", "layout", "format", "kernels"},
     "plan": {"pattern", "layout", "format", "prune", "kernels", "ops"},
     "modules": {"pattern", "layout", "format", "prune", "ops", "plan"},
+    "store": {"pattern", "format", "prune", "modules"},
     "passes": {"pattern", "layout", "format", "ops", "modules", "plan"},
     "backend": {"pattern", "layout", "format", "prune", "ops", "modules", "plan", "passes"},
     # training arm

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_hinm.format.file import FileContents, write_file
 from lightning_hinm.format.packing import pack, pack_bits, unpack_bits
-from lightning_hinm.format.record import LayerRecord, weight_key
+from lightning_hinm.format.record import LayerRecord, plain_name, weight_key
 from lightning_hinm.layout import HiNMLayout, check_layout
 from lightning_hinm.pattern import HiNMPattern, layer_kind, named_layers
 from lightning_hinm.prune import PrunableLayer, set_layout
@@ -148,6 +148,7 @@ def export_checkpoint(ckpt_path: str | os.PathLike[str], out_path: str | os.Path
     weights = checkpoint.get("state_dict")
     if not isinstance(weights, Mapping):
         raise ValueError(f"{ckpt_path}: holds no state_dict, but a Lightning checkpoint has one.")
+    weights = {plain_name(str(key)): tensor for key, tensor in weights.items()}
     tensors, layers, packed, wrong = dict(weights), {}, {}, []
     for name, state in states.items():
         record, weight = state.record, weights.get(weight_key(name))
