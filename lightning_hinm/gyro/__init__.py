@@ -1,0 +1,143 @@
+"""The permutation search: the order of rows and vectors in which the pattern keeps the most saliency.
+
+``"gyro"`` is the loop of arXiv 2407.20496, ``"exchange"`` is ours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hinm.gyro.exchange import exchange
+from lightning_hinm.gyro.paper import gyro_paper
+from lightning_hinm.gyro.problem import Clock, Problem
+from lightning_hinm.layout import HiNMLayout
+from lightning_hinm.mask import check_saliency, choose_vectors, hinm_mask, retained
+from lightning_hinm.pattern import HiNMPattern
+
+METHODS = ("identity", "gyro", "exchange")
+
+# Up to this size the default also runs the paper's loop and keeps the better of both.
+SMALL = 1 << 14
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A layout, what it retains, and what it took to find it."""
+
+    layout: HiNMLayout
+    retained: float
+    seconds: float
+    ended_by_budget: bool
+
+
+def gyro_permute(
+    saliency: Tensor,
+    pattern: HiNMPattern,
+    *,
+    method: str = "exchange",
+    generator: torch.Generator | None = None,
+    time_budget: float | None = None,
+) -> HiNMLayout:
+    """The layout that retains the most saliency that ``method`` finds, never less than ``"identity"``.
+
+    Args:
+        saliency: non-negative, ``[O, I]``, on any device.
+        pattern: the pattern to search for.
+        method: ``"identity"`` keeps the rows where they are and the columns with the largest sums in each tile;
+            ``"gyro"`` is the loop of arXiv 2407.20496; ``"exchange"`` moves rows by exact transport and vectors by
+            exact exchanges, and is the best.
+        generator: randomness, on the CPU; None seeds one with 0. Same generator state, same machine: same layout.
+        time_budget: seconds after which the best layout so far is returned; 0 gives identity, None no limit.
+
+    Returns:
+        The layout, on the CPU.
+
+    Raises:
+        ValueError: if the saliency is negative, not finite or no matrix, or the method unknown.
+    """
+    return search(saliency, pattern, method=method, generator=generator, time_budget=time_budget).layout
+
+
+def search(
+    saliency: Tensor,
+    pattern: HiNMPattern,
+    *,
+    groups: int = 1,
+    method: str = "exchange",
+    generator: torch.Generator | None = None,
+    time_budget: float | None = None,
+    output_order: Tensor | None = None,
+    within: Tensor | None = None,
+) -> SearchResult:
+    """``gyro_permute`` for one layer, with what training needs.
+
+    Args:
+        saliency: non-negative, ``[O, I]``.
+        pattern: the pattern to search for.
+        groups: groups of a convolution; each is a matrix of its own, and no row leaves it.
+        method: as in ``gyro_permute``.
+        generator: as in ``gyro_permute``.
+        time_budget: as in ``gyro_permute``.
+        output_order: int64 ``[O]``; given, rows stay as it says and only the vectors are searched.
+        within: bool ``[O, I]``, the mask in force with that ``output_order``: only columns that a tile still keeps.
+
+    Raises:
+        ValueError: as in ``gyro_permute``.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: the permutation search knows {', '.join(map(repr, METHODS))}.")
+    if time_budget is not None and not time_budget >= 0:
+        raise ValueError(f"time_budget={time_budget}: a budget is at least 0 seconds, or None for no limit.")
+    check_saliency(saliency)
+    clock = Clock(time_budget)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    rows = saliency.shape[0] // groups
+    orders, indices = [], []
+    for group in range(groups):
+        part = slice(group * rows, (group + 1) * rows)
+        fixed = None if output_order is None else output_order[part] - group * rows
+        if group and clock.budget is not None:
+            # what is left, shared by the groups to come
+            own = Clock((clock.budget - clock.seconds) / (groups - group))
+        else:
+            own = Clock(None if clock.budget is None else clock.budget / groups)
+        order, index = _search_matrix(
+            saliency[part], pattern, method, generator, own, fixed, None if within is None else within[part]
+        )
+        clock.ended |= own.ended
+        orders.append(order + group * rows)
+        indices.append(index)
+    layout = HiNMLayout(pattern, torch.cat(orders).cpu(), torch.cat(indices).cpu())
+    return SearchResult(layout, retained(saliency, hinm_mask(saliency, layout)), clock.seconds, clock.ended)
+
+
+def _search_matrix(
+    saliency: Tensor,
+    pattern: HiNMPattern,
+    method: str,
+    generator: torch.Generator,
+    clock: Clock,
+    output_order: Tensor | None,
+    within: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``(output_order, vector_index)`` of one matrix: the best of identity and what the method finds."""
+    peak = saliency.max()
+    scaled = (saliency / peak if peak > 0 else saliency).float()
+    fixed = None if output_order is None else output_order.to(saliency.device)
+    first = torch.arange(saliency.shape[0], device=saliency.device) if fixed is None else fixed
+    candidates = [(first, choose_vectors(saliency, pattern, first, within=within))]
+    if method != "identity" and not clock.expired():
+        problem = Problem(scaled, pattern, generator, clock, fixed, within)
+        if method == "gyro" or (saliency.numel() <= SMALL and fixed is None):
+            candidates.append(gyro_paper(problem, *candidates[0]))
+        if method == "exchange" and not clock.expired():
+            candidates.append(exchange(problem, *candidates[0]))
+    layouts = [(order, _ascending_groups(index, pattern)) for order, index in candidates]
+    values = [retained(saliency, hinm_mask(saliency, HiNMLayout(pattern, *layout))) for layout in layouts]
+    return layouts[values.index(max(values))]
+
+
+def _ascending_groups(index: Tensor, pattern: HiNMPattern) -> Tensor:
+    """Columns ascending inside each group: the mask is the same, and metadata then follows the column order."""
+    return index.unflatten(1, (-1, pattern.m)).sort(dim=2).values.flatten(1)

@@ -1,0 +1,71 @@
+"""The paper's loop, arXiv 2407.20496, section 4: sample, cluster, assign."""
+
+import torch
+from torch import Tensor
+
+from lightning_hinm.gyro.problem import RETRIES, Problem, assign, assign_vectors
+from lightning_hinm.mask import choose_vectors
+
+# Rows sampled from every tile, one entry a phase: coarse moves first, fine ones last, like a learning rate (the paper).
+SAMPLES = (8, 1, 4, 1, 2, 1, 1)
+
+
+def gyro_paper(problem: Problem, order: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Gyro-permutation: output channels for vector pruning first, then the kept vectors of each tile for N:M."""
+    if problem.output_order is None:
+        order = _gyro_rows(problem, order)
+        index = choose_vectors(problem.saliency, problem.pattern, order)
+    return order, assign_vectors(problem, order, index, pruned=False)
+
+
+def _gyro_rows(problem: Problem, order: Tensor) -> Tensor:
+    """Sample rows from every full tile, cluster them into equal groups, assign the groups to the tiles; keep gains."""
+    v = problem.pattern.vector_size
+    full = order.numel() // v
+    if full < 2:
+        return order
+    tail = order[full * v :]  # an incomplete tile has no room to exchange equal clusters with
+    tiles = order[: full * v].unflatten(0, (full, v))  # [T, V] row numbers
+    best = _vector_values(problem, problem.saliency[tiles].sum(dim=1)).sum()
+    for samples in (count for count in SAMPLES if count < v):
+        failures = 0
+        while failures < RETRIES and not problem.clock.expired():
+            picks = problem.noise(full, v).argsort(dim=1)
+            taken, left = tiles.gather(1, picks[:, :samples]), tiles.gather(1, picks[:, samples:])
+            clusters = taken.flatten()[_balanced_clusters(problem, problem.saliency[taken.flatten()], full)]
+            base = problem.saliency[left].sum(dim=1)  # [T, I]
+            joined = problem.saliency[clusters].sum(dim=1)  # [T, I]
+            values = torch.stack([_vector_values(problem, part + joined) for part in base])  # [tile, cluster]
+            choice = assign(values)
+            moved = torch.cat((left, clusters[choice]), dim=1)
+            value = values.gather(1, choice.unsqueeze(1)).sum()
+            if value > best * (1 + 1e-6):
+                tiles, best, failures = moved, value, 0
+            else:
+                failures += 1
+    return torch.cat((tiles.flatten(), tail))
+
+
+def _vector_values(problem: Problem, sums: Tensor) -> Tensor:
+    """Saliency of the vectors that tiles with these column sums keep, all that is not pruned: ``[T, I]`` -> ``[T]``."""
+    total = torch.zeros(sums.shape[0], device=sums.device)
+    for first, last in problem.pattern.runs(sums.shape[1]):
+        kept = min(problem.pattern.kept_of_run(last - first), last - first)
+        total = total + sums[:, first:last].topk(kept, dim=1).values.sum(dim=1)
+    return total
+
+
+def _balanced_clusters(problem: Problem, points: Tensor, count: int, steps: int = 5) -> Tensor:
+    """Balanced k-means: ``count`` clusters of equal size, int64 ``[count, points / count]``, by assignment."""
+    size = points.shape[0] // count
+    members = problem.shuffled(points.shape[0]).unflatten(0, (count, size))
+    if size == 1:
+        return members
+    for _ in range(steps):
+        centres = points[members].mean(dim=1)
+        nearest = assign(-torch.cdist(points, centres).repeat_interleave(size, dim=1)) // size
+        regrouped = nearest.argsort(stable=True).unflatten(0, (count, size))
+        if torch.equal(regrouped, members):
+            break
+        members = regrouped
+    return members
