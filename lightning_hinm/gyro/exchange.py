@@ -5,6 +5,7 @@ Shapes: as in ``problem``.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_hinm.gyro.problem import (
     Problem,

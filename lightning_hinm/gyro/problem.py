@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_hinm.mask import tile_rows
 from lightning_hinm.pattern import HiNMPattern
