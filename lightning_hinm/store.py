@@ -12,13 +12,14 @@ from lightning_hinm.format import (
     FileHeader,
     HiNMWeight,
     LayerRecord,
+    pack,
     plain_name,
     read_contents,
     read_header,
     weight_key,
     write_file,
 )
-from lightning_hinm.modules import HiNMLayer, _leave_fast_path, _take_hooks, pack_layer, pack_weight
+from lightning_hinm.modules import HiNMLayer, _leave_fast_path, _take_hooks, pack_layer
 from lightning_hinm.pattern import layer_kind
 from lightning_hinm.prune import layout_of
 
@@ -45,12 +46,12 @@ def save_hinm(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(module, HiNMLayer) or layout_of(module) is not None
     }
     packed_keys = {weight_key(name) for name in layers}
-    # A weight that somebody else reads, too, must stay dense.
+    # A weight that somebody else reads, too, or that is no plain parameter, stays dense.
     elsewhere = {id(tensor) for key, tensor in state.items() if key not in packed_keys}
     layers = {
         name: module
         for name, module in layers.items()
-        if isinstance(module, HiNMLayer) or id(module.weight) not in elsewhere
+        if isinstance(module, HiNMLayer) or (weight_key(name) in state and id(module.weight) not in elsewhere)
     }
     if not layers:
         raise ValueError(
@@ -62,15 +63,18 @@ def save_hinm(model: nn.Module, path: str | os.PathLike[str]) -> None:
     shared: dict[int, HiNMWeight] = {}
     wrong = []
     for name, module in layers.items():
+        groups = int(getattr(module, "groups", 1))
         try:
             if isinstance(module, HiNMLayer):
-                one, kind = module.packed, module.kind
+                one = module.packed
+                shape = one.shape[::-1] if module.kind == "hf_conv1d" else one.shape
+                records[name] = LayerRecord(module.kind, groups, tuple(shape), one.pattern)
             else:
-                if id(module.weight) not in shared:
-                    shared[id(module.weight)] = pack_weight(module, name=name)
-                one, kind = shared[id(module.weight)], str(layer_kind(module))
-            shape = one.shape[::-1] if kind == "hf_conv1d" else one.shape
-            records[name] = LayerRecord(kind, int(getattr(module, "groups", 1)), tuple(shape), one.pattern)
+                weight, layout = state[weight_key(name)], layout_of(module)
+                record = LayerRecord(str(layer_kind(module)), groups, tuple(weight.shape), layout.pattern)  # type: ignore
+                if id(weight) not in shared:
+                    shared[id(weight)] = pack(record.rows_first(weight), layout, groups=groups, name=name)  # type: ignore
+                one, records[name] = shared[id(weight)], record
             packed[name] = one
         except ValueError as error:
             message = str(error)

@@ -266,6 +266,16 @@ def test_a_weight_that_another_module_reads_stays_dense(path: Path) -> None:
     assert torch.equal(loaded.up.weight, net.up.weight)
 
 
+def test_a_parametrised_weight_stays_dense(path: Path) -> None:
+    net = pruned()
+    nn.utils.parametrizations.weight_norm(net.up)
+    save_hinm(net, path)
+    other = Net()
+    nn.utils.parametrizations.weight_norm(other.up)
+    load_hinm(other, path)
+    assert torch.equal(other.up.weight, net.up.weight)
+
+
 def replace(name: str, make: Callable[[], nn.Module]) -> Callable[[Net], None]:
     return lambda net: setattr(net, name, make())
 

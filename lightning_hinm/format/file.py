@@ -269,7 +269,7 @@ def _check_header(entry: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
         if name not in by_key and first not in plain:
             wrong.append(f"{name}: is an alias of {first!r}, which is not stored.")
     if wrong:
-        raise ValueError("; ".join(wrong) + " The file is damaged.")
+        raise ValueError(" ".join(wrong) + " The file is damaged.")
     return FileHeader(layers, plain, aliases, crc32)
 
 
