@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hinm.format import HiNMWeight, check_packed, expand, pack, unpack
+from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
 from lightning_hinm.pattern import from_matrix, layer_kind
-from lightning_hinm.prune import PrunableLayer, layout_of
+from lightning_hinm.plan import ModelPlan, decide, workload_of
+from lightning_hinm.prune import layout_of
 
 log = logging.getLogger(__name__)
 
@@ -250,33 +252,32 @@ def pack_layer(dense: nn.Module, *, name: str = "layer", packed: HiNMWeight | No
         packed: its weight, if that is packed already.
 
     Raises:
-        ValueError: if the weight has anything outside the pattern.
+        ValueError: if there is no layout, or the weight has anything outside the pattern.
     """
-    packed = packed or pack_weight(dense, name=name)
-    layer_class = HiNMLinear if layer_kind(dense) in ("linear", "hf_conv1d") else HiNMConv2d
+    kind = layer_kind(dense)
+    if packed is None:
+        layout = layout_of(dense)
+        if layout is None or kind is None:
+            raise ValueError(f"{name}: has no layout, but only pruned layers can be packed. Prune it, or load_layouts.")
+        packed = pack_weight(dense.weight, layout, kind=kind, groups=getattr(dense, "groups", 1), name=name)  # type: ignore
+    layer_class = HiNMLinear if kind in ("linear", "hf_conv1d") else HiNMConv2d
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could never be saved for a gradient
         return layer_class.from_packed(dense, packed).train(dense.training)
 
 
-def pack_weight(dense: nn.Module, *, name: str = "layer") -> HiNMWeight:
-    """``pack`` for the weight of a pruned layer of any kind, by the layout that it carries."""
-    layout = layout_of(dense)
-    if layout is None:
-        raise ValueError(
-            f"{name}: has no layout, but only a pruned layer can be packed. Prune it, or call load_layouts."
-        )
-    layer = PrunableLayer(name, dense, layer_kind(dense) or "", layout.pattern)
-    weight = layer.matrix if layer.kind == "hf_conv1d" else layer.weight.detach()
+def pack_weight(weight: Tensor, layout: HiNMLayout, *, kind: str, groups: int = 1, name: str = "layer") -> HiNMWeight:
+    """``pack`` for the weight of a layer of any kind, in the layer's own shape."""
     with torch.inference_mode(False), torch.no_grad():
-        return pack(weight, layout, groups=layer.groups, name=name)
+        return pack(weight.t() if kind == "hf_conv1d" else weight, layout, groups=groups, name=name)
 
 
-def to_hinm(model: nn.Module, *, plan: str = "sparse", inplace: bool = False) -> nn.Module:
+def to_hinm(model: nn.Module, *, plan: str | ModelPlan = "sparse", inplace: bool = False) -> nn.Module:
     """The model with every pruned layer packed; no tracing, so it works where ``torch.compile`` fails.
 
     Args:
         model: a pruned model, on its final device; a single pruned layer is a model too.
-        plan: ``"sparse"`` packs every layer that has a layout, ``"dense"`` none.
+        plan: ``"sparse"`` packs every layer that has a layout, ``"dense"`` none, ``"auto"`` those for which it pays
+            on a small input. ``explain(model, x)`` is a plan too, made for the inputs that the model will get.
         inplace: swap the layers of ``model`` itself and free each dense weight as it goes. Otherwise ``model`` stays
             as it is, and everything but the dense weights is copied.
 
@@ -287,9 +288,11 @@ def to_hinm(model: nn.Module, *, plan: str = "sparse", inplace: bool = False) ->
         ValueError: for a model without any layout, or weights that are not zero outside their pattern: all offending
             layers in one message, and nothing was changed.
     """
-    if plan not in ("sparse", "dense"):
-        raise ValueError(f"to_hinm: plan={plan!r} must be 'sparse' or 'dense'.")
-    chosen = _packable(model) if plan == "sparse" else {}
+    if not isinstance(plan, ModelPlan) and plan not in ("sparse", "auto", "dense"):
+        raise ValueError(f"to_hinm: plan={plan!r} must be 'sparse', 'auto', 'dense' or what explain() returns.")
+    chosen = _packable(model)
+    if plan != "sparse":
+        chosen = {name: module for name, module in chosen.items() if _runs_sparse(name, module, plan)}
     packed = _pack_all(chosen)
     log.info("to_hinm: packed %d layers of %s", len(chosen), type(model).__name__)
     places = _places(model)
@@ -338,6 +341,16 @@ def _packable(model: nn.Module) -> dict[str, nn.Module]:
     return chosen
 
 
+def _runs_sparse(name: str, module: nn.Module, plan: str | ModelPlan) -> bool:
+    if isinstance(plan, ModelPlan):
+        return any(layer.name == name and layer.path == "sparse" for layer in plan.layers)
+    if plan == "dense":
+        return False
+    decision = decide(workload_of(module))
+    log.info("to_hinm: %s runs %s: %s", name, decision.path, decision.reason)
+    return decision.path == "sparse"
+
+
 def _pack_all(layers: Mapping[str, nn.Module]) -> dict[int, HiNMWeight]:
     """Packed weights by the id of the dense one, so that tied layers share theirs; all offenders in one message."""
     packed: dict[int, HiNMWeight] = {}
@@ -346,7 +359,7 @@ def _pack_all(layers: Mapping[str, nn.Module]) -> dict[int, HiNMWeight]:
         if id(module.weight) in packed:
             continue
         try:
-            packed[id(module.weight)] = pack_weight(module, name=name)
+            packed[id(module.weight)] = pack_layer(module, name=name).packed
         except ValueError as error:
             wrong.append(str(error))
     if wrong:

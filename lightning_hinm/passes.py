@@ -1,0 +1,166 @@
+"""Graph rewrites on what Dynamo hands to a backend: weights are placeholders, layers are functions of them."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
+from lightning_hinm.ops import hinm_conv2d, hinm_linear
+
+log = logging.getLogger(__name__)
+
+# What each prunable layer is in a graph, and its parameters in order.
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TARGETS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    F.linear: ("linear", ("input", "weight", "bias")),
+    torch.conv1d: ("conv1d", _CONVOLUTION),
+    torch.conv2d: ("conv2d", _CONVOLUTION),
+    torch.addmm: ("hf_conv1d", ("input", "mat1", "mat2")),
+}
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a prunable layer; ``node`` may have been replaced since."""
+
+    node: fx.Node
+    kind: str
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    options: Mapping[str, Any]
+
+
+def find_layer_calls(gm: fx.GraphModule) -> list[LayerCall]:
+    """The calls of linear and convolution layers whose weight is a placeholder, in the graph's order."""
+    calls = []
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target not in _TARGETS:
+            continue
+        kind, names = _TARGETS[node.target]
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        if kind == "hf_conv1d":
+            # addmm(bias, x, weight): its first operand plays the bias, scaled by nothing else.
+            if given.pop("beta", 1) != 1 or given.pop("alpha", 1) != 1:
+                continue
+            given = {"input": given["mat1"], "weight": given["mat2"], "bias": given["input"]}
+        x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        if not isinstance(weight, fx.Node) or weight.op != "placeholder" or not isinstance(x, fx.Node):
+            continue
+        calls.append(LayerCall(node, kind, x, weight, bias, given))
+    return calls
+
+
+def sparsify_layers_pass(gm: fx.GraphModule, layers: Mapping[str, HiNMLayer]) -> fx.GraphModule:
+    """Every call of a layer whose weight is packed becomes one sparse op.
+
+    Before::
+
+        %y = torch._C._nn.linear(%x, %weight, %bias)
+
+    After::
+
+        %values, %metadata, %vector_index, %output_order, %expansion = get_attr of buffers of the graph module
+        %y = hinm.linear(%x, %values, %metadata, %vector_index, %output_order, %bias, %expansion, in_features, V, n, m)
+
+    Equal, because the op is defined as ``F.linear(x, unpack(packed), bias)`` and ``unpack(pack(weight)) == weight``,
+    for which the caller vouches at every call of the graph. Convolutions likewise; a Conv1d runs as a Conv2d over
+    images of height 1, uneven ``padding="same"`` as a pad before it. The weight's placeholder stays: it may have other
+    uses.
+
+    Args:
+        gm: rewritten in place.
+        layers: packed layers by the name of their weight's placeholder.
+
+    Returns:
+        ``gm``.
+    """
+    count = 0
+    buffers: dict[str, dict[str, fx.Node]] = {}
+    for call in find_layer_calls(gm):
+        layer = layers.get(call.weight.name)
+        if layer is None or not _computes_the_layer(call, layer):
+            continue
+        node = call.node
+        if call.weight.name not in buffers:
+            buffers[call.weight.name] = _lift_buffers(gm, call.weight, layer)
+        with gm.graph.inserting_before(node):
+            new = _call_op(gm.graph, call, layer, buffers[call.weight.name])
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        count += 1
+    if count:
+        gm.graph.lint()
+        gm.recompile()
+        log.info("sparsify_layers_pass: %d calls of %d layers", count, len(buffers))
+    return gm
+
+
+def _computes_the_layer(call: LayerCall, layer: HiNMLayer) -> bool:
+    """Whether the call is the layer's own computation: a weight may also be used in another way."""
+    if call.kind != layer.kind or call.options.get("groups", 1) != layer.groups:
+        return False
+    if call.bias is None:
+        return True
+    value = call.bias.meta.get("example_value") if isinstance(call.bias, fx.Node) else None
+    return value is not None and tuple(value.shape) == (layer.shape[0],)
+
+
+def _lift_buffers(gm: fx.GraphModule, weight: fx.Node, layer: HiNMLayer) -> dict[str, fx.Node]:
+    """Nodes of the layer's buffers, after the last placeholder."""
+    nodes = {}
+    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
+    for name in (*PACKED_TENSORS, "expansion"):
+        attribute = f"hinm_{weight.name}_{name}"
+        gm.register_buffer(attribute, getattr(layer, name), persistent=False)
+        sources = getattr(gm, "_param_name_to_source", None)
+        if sources is not None:
+            # AOTAutograd asks for the origin of every tensor that it lifts; a name of our own makes it a static input.
+            from torch._dynamo.source import LocalSource
+
+            sources[attribute] = LocalSource(f"__{attribute}_{id(layer)}")
+        with gm.graph.inserting_after(last):
+            last = nodes[name] = gm.graph.get_attr(attribute)
+    return nodes
+
+
+def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mapping[str, fx.Node]) -> fx.Node:
+    # Read now, not when the call was found: an earlier rewrite may have replaced its operands.
+    _, names = _TARGETS[call.node.target]
+    given = dict(zip(names, call.node.args, strict=False)) | dict(call.node.kwargs)
+    x, bias = (given["mat1"], given["input"]) if call.kind == "hf_conv1d" else (given["input"], given.get("bias"))
+    packed = (*(buffers[name] for name in PACKED_TENSORS), bias, buffers["expansion"])
+    pattern = layer.pattern
+    if call.kind in ("linear", "hf_conv1d"):
+        numbers = (layer.shape[1], pattern.vector_size, pattern.n, pattern.m)
+        return graph.call_function(hinm_linear, (x, *packed, *numbers))
+    kernel = layer.shape[2:]
+    stride, dilation = (_each(call.options.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+    padding = call.options.get("padding", 0)
+    if padding == "same":
+        reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        if any(size % 2 for size in reach):
+            pads = [side for size in reversed(reach) for side in (size // 2, size - size // 2)]
+            x = graph.call_function(F.pad, (x, pads))
+            padding = 0
+        else:
+            padding = [size // 2 for size in reach]
+    padding = _each(0 if padding == "valid" else padding, len(kernel))
+    if call.kind == "conv1d":
+        x = graph.call_function(torch.unsqueeze, (x, -2))
+        kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
+    numbers = (layer.shape[1] * layer.groups, *kernel, *stride, *padding, *dilation, layer.groups)
+    out = graph.call_function(hinm_conv2d, (x, *packed, *numbers, pattern.vector_size, pattern.n, pattern.m))
+    return graph.call_function(torch.squeeze, (out, -2)) if call.kind == "conv1d" else out
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    """One number for each spatial dimension: convolutions take a single one for all."""
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    return sizes * count if len(sizes) == 1 else sizes
