@@ -1,0 +1,226 @@
+"""hinm::linear and hinm::conv2d against the dense functions on the unpacked weight."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack
+from lightning_hinm.format import HiNMWeight, expand
+from lightning_hinm.mask import choose_vectors
+
+PATTERNS = [
+    HiNMPattern(vector_size=8),
+    HiNMPattern(vector_size=5, vector_sparsity=0.25, n=1, m=4),
+    HiNMPattern(vector_size=16, vector_sparsity=0.75, n=4, m=8, window=8),
+    HiNMPattern(vector_size=7, vector_sparsity=0.0, n=2, m=3, window=None),
+    HiNMPattern(vector_size=4, vector_sparsity=0.75, n=4, m=4),
+]
+
+
+def masked(
+    *shape: int, pattern: HiNMPattern, groups: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, HiNMWeight]:
+    """A random masked weight with a random order of its rows, and its packing."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    weight = torch.randn(shape, generator=generator)
+    rows = shape[0] // groups
+    order = torch.cat([torch.randperm(rows, generator=generator) + group * rows for group in range(groups)])
+    saliency = weight.flatten(1).abs()
+    layout = HiNMLayout(pattern, order, choose_vectors(saliency, pattern, order))
+    weight = (weight.flatten(1) * hinm_mask(saliency, layout)).reshape(shape).to(dtype)
+    return weight, pack(weight, layout, groups=groups)
+
+
+def arguments(x: Tensor, packed: HiNMWeight, bias: Tensor | None, *numbers: int, decode: bool = False) -> tuple:
+    pattern = packed.pattern
+    expansion = None if decode else expand(packed)
+    return (x, *packed.tensors.values(), bias, expansion, *numbers, pattern.vector_size, pattern.n, pattern.m)
+
+
+def linear_case(rows: int, columns: int, pattern: HiNMPattern, *size: int, **kwargs: Any) -> tuple[Tensor, tuple]:
+    """The dense result, and the arguments of the op."""
+    weight, packed = masked(rows, columns, pattern=pattern)
+    x, bias = torch.randn(*size, columns), torch.randn(rows)
+    return F.linear(x, weight, bias), arguments(x, packed, bias, columns, **kwargs)
+
+
+CONVOLUTIONS = [
+    # in_channels, out_channels, kernel, stride, padding, dilation, groups
+    (8, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (6, 16, (3, 2), (2, 1), (0, 2), (1, 2), 1),
+    (12, 32, (3, 3), (1, 2), (1, 1), (2, 1), 2),
+    (16, 24, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (16, 32, (1, 1), (2, 3), (1, 0), (1, 1), 4),
+    (1, 8, (4, 4), (4, 4), (0, 0), (1, 1), 1),
+]
+
+
+def conv_case(case: tuple, *batch: int, decode: bool = False, size: tuple[int, int] = (9, 10)) -> tuple[Tensor, tuple]:
+    channels, rows, kernel, stride, padding, dilation, groups = case
+    weight, packed = masked(rows, channels // groups, *kernel, pattern=HiNMPattern(vector_size=8), groups=groups)
+    x, bias = torch.randn(*batch, channels, *size), torch.randn(rows)
+    dense = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    numbers = (channels, *kernel, *stride, *padding, *dilation, groups)
+    return dense, arguments(x, packed, bias, *numbers, decode=decode)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("shape", [(32, 32), (37, 50), (16, 43), (3, 5)], ids=str)
+@pytest.mark.parametrize("decode", [False, True])
+def test_linear_equals_the_dense_function(pattern: HiNMPattern, shape: tuple[int, int], decode: bool) -> None:
+    dense, args = linear_case(*shape, pattern, 3, 5, decode=decode)
+    torch.testing.assert_close(torch.ops.hinm.linear(*args), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(), (0,), (1,), (64,), (65,), (130,), (2, 0, 3), (2, 3, 4)], ids=str)
+def test_linear_takes_any_number_of_tokens_in_any_shape(size: tuple[int, ...]) -> None:
+    dense, args = linear_case(40, 24, PATTERNS[0], *size)
+    out = torch.ops.hinm.linear(*args)
+    assert out.shape == dense.shape
+    torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_takes_an_input_that_is_not_contiguous_and_returns_one_that_is() -> None:
+    weight, packed = masked(32, 16, pattern=PATTERNS[0])
+    x = torch.randn(16, 7).t()
+    out = torch.ops.hinm.linear(*arguments(x, packed, None, 16))
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3), (torch.float64, 1e-12)], ids=str
+)
+def test_every_floating_dtype_is_taken(dtype: torch.dtype, tolerance: float) -> None:
+    weight, packed = masked(32, 40, pattern=PATTERNS[0], dtype=dtype)
+    x, bias = torch.randn(6, 40, dtype=dtype), torch.randn(32, dtype=dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    out = torch.ops.hinm.linear(*arguments(x, packed, bias, 40))
+    assert out.dtype == dtype
+    assert (out.double() - exact).norm() <= tolerance * exact.norm()
+    image, kernel = torch.randn(2, 10, 4, 4, dtype=dtype), weight.reshape(32, 10, 2, 2)
+    exact = F.conv2d(image.double(), kernel.double())
+    out = torch.ops.hinm.conv2d(*arguments(image, packed, None, 10, 2, 2, 1, 1, 0, 0, 1, 1, 1))
+    assert (out.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("batch", [(3,), ()], ids=str)
+@pytest.mark.parametrize("decode", [False, True])
+def test_conv2d_equals_the_dense_function(case: tuple, batch: tuple[int, ...], decode: bool) -> None:
+    dense, args = conv_case(case, *batch, decode=decode)
+    torch.testing.assert_close(torch.ops.hinm.conv2d(*args), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 13, 70])
+def test_conv2d_takes_any_number_of_images_of_one_pixel(batch: int) -> None:
+    dense, args = conv_case(CONVOLUTIONS[3], batch, size=(1, 1))
+    torch.testing.assert_close(torch.ops.hinm.conv2d(*args), dense, rtol=1e-5, atol=1e-5)
+
+
+def test_conv2d_takes_channels_last() -> None:
+    dense, (x, *rest) = conv_case(CONVOLUTIONS[0], 2)
+    out = torch.ops.hinm.conv2d(x.to(memory_format=torch.channels_last), *rest)
+    torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+
+
+# The default checks, less none: schema, autograd registration, fake tensors, and AOTAutograd with dynamic shapes.
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_linear_passes_opcheck(decode: bool, gradient: bool) -> None:
+    _, (x, *packed, bias, expansion, i, v, n, m) = linear_case(20, 19, PATTERNS[0], 3, 5, decode=decode)
+    args = (x.requires_grad_(gradient), *packed, bias.requires_grad_(gradient), expansion, i, v, n, m)
+    torch.library.opcheck(torch.ops.hinm.linear.default, args)
+
+
+@pytest.mark.parametrize("case", [CONVOLUTIONS[1], CONVOLUTIONS[4]], ids=str)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_conv2d_passes_opcheck(case: tuple, gradient: bool) -> None:
+    _, (x, *packed) = conv_case(case, 2)
+    packed[4].requires_grad_(gradient)
+    torch.library.opcheck(torch.ops.hinm.conv2d.default, (x.requires_grad_(gradient), *packed))
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("size", [(), (6,), (2, 3)], ids=str)
+def test_linear_is_differentiable_in_x_and_bias(size: tuple[int, ...], decode: bool) -> None:
+    _, (x, *packed, bias, expansion, i, v, n, m) = linear_case(37, 19, PATTERNS[1], *size, decode=decode)
+    weight, _ = masked(37, 19, pattern=PATTERNS[1])
+    leaves = x.requires_grad_(), bias.requires_grad_()
+    sparse = torch.autograd.grad(torch.ops.hinm.linear(x, *packed, bias, expansion, i, v, n, m).square().sum(), leaves)
+    dense = torch.autograd.grad(F.linear(x, weight, bias).square().sum(), leaves)
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("batch", [(2,), ()], ids=str)
+def test_conv2d_is_differentiable_in_x_and_bias(case: tuple, batch: tuple[int, ...]) -> None:
+    channels, rows, kernel, stride, padding, dilation, groups = case
+    _, (x, *packed) = conv_case(case, *batch)
+    weight, _ = masked(rows, channels // groups, *kernel, pattern=HiNMPattern(vector_size=8), groups=groups)
+    leaves = x.requires_grad_(), packed[4].requires_grad_()
+    sparse = torch.autograd.grad(torch.ops.hinm.conv2d(x, *packed).square().sum(), leaves)
+    out = F.conv2d(x, weight, packed[4], stride, padding, dilation, groups)
+    dense = torch.autograd.grad(out.square().sum(), leaves)
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_autocast_lowers_the_ops_as_it_lowers_the_dense_functions(decode: bool) -> None:
+    weight, packed = masked(32, 40, pattern=PATTERNS[0])
+    x, bias = torch.randn(6, 40), torch.randn(32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense = F.linear(x, weight, bias)
+        sparse = torch.ops.hinm.linear(*arguments(x, packed, bias, 40, decode=decode))
+        assert torch.ops.hinm.linear(*arguments(x.bfloat16(), packed, bias, 40)).dtype == torch.bfloat16
+    assert sparse.dtype == dense.dtype == torch.bfloat16
+    assert (sparse - dense).norm() <= 1e-2 * dense.norm()
+
+
+def test_autocast_lets_gradients_through() -> None:
+    _, (x, *rest) = linear_case(20, 19, PATTERNS[0], 4)
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = torch.ops.hinm.linear(x, *rest)
+    (grad,) = torch.autograd.grad(out.float().sum(), x)
+    assert grad.dtype == torch.float32
+    assert grad.abs().sum() > 0
+
+
+def test_no_output_shares_memory_with_an_input() -> None:
+    weight, packed = masked(16, 16, pattern=HiNMPattern(vector_size=8, vector_sparsity=0.0, n=4, m=4))
+    x = torch.randn(1, 16)
+    out = torch.ops.hinm.linear(*arguments(x, packed, None, 16))
+    assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    torch.testing.assert_close(out, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_inputs_are_refused_by_value_rule_and_remedy() -> None:
+    _, (x, *rest) = linear_case(20, 19, PATTERNS[0], 3)
+    with pytest.raises(ValueError, match=r"x has shape \[3, 18\], but its last dimension must be in_features=19"):
+        torch.ops.hinm.linear(x[:, :18], *rest)
+    with pytest.raises(ValueError, match=r"x has shape \[\]"):
+        torch.ops.hinm.linear(torch.tensor(1.0), *rest)
+    with pytest.raises(TypeError, match=r"x is torch.float64, but the packed weight is torch.float32. Cast x"):
+        torch.ops.hinm.linear(x.double(), *rest)
+    with pytest.raises(ValueError, match="x is on meta, but the packed weight is on cpu"):
+        torch.ops.hinm.linear(x.to("meta"), *rest)
+    _, (x, *rest) = conv_case(CONVOLUTIONS[0], 2)
+    with pytest.raises(ValueError, match=r"C = in_channels=8"):
+        torch.ops.hinm.conv2d(x[:, :7], *rest)
+    with pytest.raises(ValueError, match=r"\[C, H, W\] or \[B, C, H, W\]"):
+        torch.ops.hinm.conv2d(x[0, 0], *rest)
+    with pytest.raises(TypeError, match=r"x is torch.float16, but the packed weight is torch.float32"):
+        torch.ops.hinm.conv2d(x.half(), *rest)
+    small, args = conv_case(CONVOLUTIONS[1], 2, size=(3, 3))
+    with pytest.raises(ValueError, match=r"x is 2 x 7 with its padding, but the kernel with its dilation is 3 x 3"):
+        torch.ops.hinm.conv2d(args[0][:, :, :2], *args[1:])
+
+
+def test_an_index_out_of_range_is_an_error_not_a_read() -> None:
+    _, (x, values, metadata, index, order, *rest) = linear_case(20, 19, PATTERNS[0], 3)
+    with pytest.raises((IndexError, RuntimeError)):
+        torch.ops.hinm.linear(x, values, metadata, index.to(torch.int64) - 40, order, *rest)
