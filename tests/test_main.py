@@ -1,0 +1,201 @@
+import subprocess
+import sys
+from argparse import ArgumentError
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hinm import __main__ as command
+from lightning_hinm import load_hinm
+
+RECIPE = f"""
+seed_everything: 0
+model:
+  class_path: {__name__}.Toy
+  init_args:
+    learning_rate: 0.1
+data:
+  class_path: {__name__}.Noise
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_hinm.HiNMPruning
+      init_args:
+        pattern: {{vector_size: 8, vector_sparsity: 0.5}}
+        schedule: {{begin: 0.2, end: 0.6, updates: 2}}
+        saliency: magnitude
+        include: [net]
+"""
+
+
+class Toy(L.LightningModule):
+    """A network small enough for a training of a second.
+
+    Args:
+        learning_rate: of SGD.
+        fail: raise in the middle of the training.
+    """
+
+    def __init__(self, learning_rate: float = 0.1, fail: bool = False) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        if self.hparams["fail"]:
+            raise ValueError("a bug in training_step")
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"])
+
+
+class Noise(L.LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(torch.randn(32, 32, generator=torch.Generator().manual_seed(0))), batch_size=4)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Runs the command line in a folder of its own, and returns its exit code; 0 where it came to its end."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: str, recipe: str = RECIPE) -> int:
+        Path("recipe.yaml").write_text(recipe)
+        monkeypatch.setattr(sys, "argv", ["lightning_hinm", *args])
+        try:
+            command.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return call
+
+
+FIT = ("fit", "--config", "recipe.yaml")
+
+
+def test_a_recipe_trains_and_its_checkpoint_exports_to_the_same_network(run) -> None:
+    assert run(*FIT) == 0
+    (checkpoint,) = Path.cwd().rglob("*.ckpt")
+    assert run("export", "--ckpt", str(checkpoint), "--out", "packed.safetensors") == 0
+    trained = Toy.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    packed = load_hinm(Toy(), "packed.safetensors").eval()
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    assert trained.net[0].weight.count_nonzero() == 32 * 32 // 4
+    torch.testing.assert_close(packed.net(x), trained.net(x))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_training_resumes_from_its_checkpoint(run) -> None:
+    assert run(*FIT) == 0
+    (checkpoint,) = Path.cwd().rglob("*.ckpt")
+    assert (
+        run(*FIT, "--trainer.max_epochs", "3", "--ckpt_path", str(checkpoint), "--trainer.default_root_dir", "resumed")
+        == 0
+    )
+    (resumed,) = Path("resumed").rglob("*.ckpt")
+    before, after = (torch.load(path, weights_only=True) for path in (checkpoint, resumed))
+    assert (before["global_step"], after["global_step"]) == (16, 24)
+    zeros = before["state_dict"]["net.0.weight"] == 0
+    assert torch.equal(after["state_dict"]["net.0.weight"] == 0, zeros)
+
+
+def test_a_checkpoint_without_layouts_is_not_exported(run, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}}, "plain.ckpt")
+    assert run("export", "--ckpt", "plain.ckpt", "--out", "packed.safetensors") == 2
+    assert "error: plain.ckpt" in capsys.readouterr().err
+    assert not Path("packed.safetensors").exists()
+
+
+def test_a_missing_checkpoint_is_an_error_that_names_it(run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", "--ckpt", "nowhere.ckpt", "--out", "packed.safetensors") == 2
+    assert "nowhere.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("learning_rate", "lerning_rate", ["model", "'lerning_rate' is not accepted", "Did you mean learning_rate?"]),
+        ("0.1\n", "fast\n", ["model", "learning_rate", "expected float", "fast"]),
+        ("max_epochs", "max_epoch", ["'trainer.max_epoch'", "Did you mean trainer.max_epochs?"]),
+        ("max_epochs: 2", "max_epochs: two", ["trainer.max_epochs", "expected int", "two"]),
+        ("trainer:", "trainr:", ["'trainr.", "Did you mean trainer."]),
+        ("Noise", "Noize", ["Noize", "Did you mean Noise?"]),
+        ("HiNMPruning", "HiNMPrunning", ["HiNMPrunning", "Did you mean HiNMPruning?"]),
+        ("vector_sparsity", "vector_sparsiti", ["pattern", "'vector_sparsiti'", "Did you mean vector_sparsity?"]),
+        ("vector_size: 8", "vector_size: big", ["pattern", "vector_size", "expected int", "big"]),
+        ("vector_size: 8", "vector_size: 0", ["vector_size", "0"]),
+        ("vector_sparsity: 0.5", "vector_sparsity: 1", ["vector_sparsity", "1"]),
+        ("begin", "begn", ["schedule", "'begn'", "Did you mean begin?"]),
+        ("updates: 2", "updates: 0", ["updates", "0"]),
+        ("magnitude", "magnitud", ["saliency", "'magnitude'", "Got value: magnitud"]),
+        ("saliency", "salience", ["'salience'", "Did you mean saliency?"]),
+        ("[net]", "[nett]", ["nett"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_in_a_few_lines(
+    run, capsys: pytest.CaptureFixture[str], right: str, wrong: str, said: list[str]
+) -> None:
+    assert right in RECIPE
+    assert run(*FIT, recipe=RECIPE.replace(right, wrong, 1)) == 2
+    message = capsys.readouterr().err.partition("error: ")[2]
+    assert message.count("\n") <= 4
+    for words in said:
+        assert words in message
+
+
+def test_a_recipe_that_is_not_there_is_named(run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", "--config", "nowhere.yaml") == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_a_misspelt_subcommand_is_named(run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fitt") == 2
+    assert "Did you mean fit?" in capsys.readouterr().err
+
+
+def test_on_request_a_mistake_shows_its_traceback(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(ArgumentError, match="nett"):
+        run(*FIT, recipe=RECIPE.replace("[net]", "[nett]"))
+
+
+def test_a_failure_inside_the_training_keeps_its_traceback(run) -> None:
+    with pytest.raises(ValueError, match="a bug in training_step"):
+        run(*FIT, "--model.init_args.fail", "true")
+
+
+def test_without_jsonargparse_the_error_names_the_extra(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert "pip install 'lightning-hinm[cli]'" in run(*FIT)
+
+
+def test_the_module_is_a_program() -> None:
+    result = subprocess.run([sys.executable, "-m", "lightning_hinm", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in ("fit", "validate", "test", "predict", "export"))
+
+
+def test_of_a_union_the_reason_given_by_a_class_wins() -> None:
+    message = """Does not validate against any of the Union subtypes
+Subtypes: [<class 'Pattern'>, dict[str, Pattern]]
+Errors:
+  - vector_size: got 0
+  - Expected a <class 'dict'>
+Given value type: <class 'dict'>
+Given value: {'vector_size': 0}"""
+    assert command.condense_message(message) == "vector_size: got 0"
+
+
+def test_a_message_that_is_not_a_tree_stays_as_it_is() -> None:
+    message = "2 layers cannot be pruned:\n  a: too small\n  b: too odd"
+    assert command.condense_message(message) == message
