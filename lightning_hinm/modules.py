@@ -226,9 +226,8 @@ class HiNMConv2d(HiNMLayer):
 def _kind_of(cls: type, dense: nn.Module, kinds: tuple[str, ...]) -> str:
     kind = layer_kind(dense)
     if kind not in kinds:
-        raise ValueError(
-            f"{cls.__name__}.from_packed: got a {type(dense).__name__}, but takes only {', '.join(kinds)}."
-        )
+        got = type(dense).__name__
+        raise ValueError(f"{cls.__name__}.from_packed: got a {got}, but it takes only {' and '.join(kinds)} layers.")
     return kind
 
 
@@ -254,15 +253,18 @@ def pack_layer(dense: nn.Module, *, name: str = "layer", packed: HiNMWeight | No
     Raises:
         ValueError: if there is no layout, or the weight has anything outside the pattern.
     """
+    packed = packed or _pack_own_weight(dense, name)
     kind = layer_kind(dense)
-    if packed is None:
-        layout = layout_of(dense)
-        if layout is None or kind is None:
-            raise ValueError(f"{name}: has no layout, but only pruned layers can be packed. Prune it, or load_layouts.")
-        packed = pack_weight(dense.weight, layout, kind=kind, groups=getattr(dense, "groups", 1), name=name)  # type: ignore
     layer_class = HiNMLinear if kind in ("linear", "hf_conv1d") else HiNMConv2d
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could never be saved for a gradient
         return layer_class.from_packed(dense, packed).train(dense.training)
+
+
+def _pack_own_weight(dense: nn.Module, name: str) -> HiNMWeight:
+    layout, kind = layout_of(dense), layer_kind(dense)
+    if layout is None or kind is None:
+        raise ValueError(f"{name}: has no layout, but only pruned layers can be packed. Prune it, or load_layouts.")
+    return pack_weight(dense.weight, layout, kind=kind, groups=int(getattr(dense, "groups", 1)), name=name)  # type: ignore
 
 
 def pack_weight(weight: Tensor, layout: HiNMLayout, *, kind: str, groups: int = 1, name: str = "layer") -> HiNMWeight:
@@ -271,6 +273,7 @@ def pack_weight(weight: Tensor, layout: HiNMLayout, *, kind: str, groups: int = 
         return pack(weight.t() if kind == "hf_conv1d" else weight, layout, groups=groups, name=name)
 
 
+@torch.inference_mode(False)  # what is copied and packed may serve a training later
 def to_hinm(model: nn.Module, *, plan: str | ModelPlan = "sparse", inplace: bool = False) -> nn.Module:
     """The model with every pruned layer packed; no tracing, so it works where ``torch.compile`` fails.
 
@@ -359,7 +362,7 @@ def _pack_all(layers: Mapping[str, nn.Module]) -> dict[int, HiNMWeight]:
         if id(module.weight) in packed:
             continue
         try:
-            packed[id(module.weight)] = pack_layer(module, name=name).packed
+            packed[id(module.weight)] = _pack_own_weight(module, name)
         except ValueError as error:
             wrong.append(str(error))
     if wrong:

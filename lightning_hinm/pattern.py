@@ -78,7 +78,7 @@ class HiNMPattern:
         """
         cls(vector_size, 0.0, n, m, window)  # the other fields have their say first
         lowest = 1 - Fraction(n, m)
-        if not lowest <= exact(sparsity) < 1:
+        if not lowest <= sparsity < 1:
             raise ValueError(
                 f"HiNMPattern.from_sparsity: sparsity={sparsity} must be in [{float(lowest):g}, 1): "
                 f"{n}:{m} alone prunes {float(lowest):g}. Choose another n and m for less."

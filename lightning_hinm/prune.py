@@ -247,7 +247,9 @@ def find_layers(
             continue
         seen[id(weight)] = name
         layers.append(layer)
-        if not weight.is_meta and not weight.detach().isfinite().all():
+        if weight.is_meta:
+            wrong.append(f"{name}: its weight is on the meta device. Load or initialise it first")
+        elif not weight.detach().isfinite().all():
             bad = (~weight.detach().isfinite()).sum().item()
             wrong.append(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite. Load or initialise it again")
     if wrong:
@@ -264,7 +266,7 @@ def find_layers(
 def _does_not_pay(layer: PrunableLayer) -> str | None:
     """Why a layer cannot be pruned usefully, or None."""
     (rows, in_features), pattern, groups = layer.matrix.shape, layer.pattern, layer.groups
-    if groups > 1 and in_features == layer.module.kernel_size[0] * (*layer.module.kernel_size, 1)[1]:  # type: ignore
+    if groups > 1 and layer.weight.shape[1] == 1:
         return "depthwise convolution: one input channel a group"
     if rows < pattern.vector_size:
         return f"{rows} rows are less than one tile of vector_size={pattern.vector_size}"

@@ -188,6 +188,8 @@ class HiNMPruning(Callback):
         elif self._model() is not pl_module or self._state.targets != targets_of(layers):
             self._state = fresh_state(layers)
             self._tell_adopted()
+            if len(self._state.adopted) == len(layers):
+                self._state.update = self.schedule.last
         self._restored, self._model, self._layers = False, weakref.ref(pl_module), layers
         state = self._state
         for layer in layers:
@@ -211,7 +213,7 @@ class HiNMPruning(Callback):
         owned = owned_by(optimizer, self._layers)
         if self._state.update < self.schedule.last:
             if self.saliency == "taylor":
-                gather_taylor_(self._state, owned)
+                gather_taylor_(self._state, owned, optimizer)
             update = self._due(trainer)
             if update > self._state.update:
                 self._update(trainer, update)
@@ -227,6 +229,8 @@ class HiNMPruning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._progress(trainer, this_batch=1) >= 1:
+            self._finish(trainer)  # not only in `on_train_end`: the last validation and checkpoint come before that
         if self._changed:
             self._apply(trainer, pl_module)
             self._log(trainer)
@@ -245,16 +249,10 @@ class HiNMPruning(Callback):
         mask_weights_(self._layers, self._state.masks, ())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._state.update < self.schedule.last:
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                rank_zero_warn(
-                    f"HiNMPruning: the training ended at update {self._state.update} of {self.schedule.last}; the rest "
-                    "is pruned now, and nothing trains after it. Train longer, or lower `schedule.end` or "
-                    f"`saliency_steps` ({self.saliency_steps})."
-                )
-            self._update(trainer, self.schedule.last)
+        self._finish(trainer)
+        if self._changed:
             self._log(trainer)
-        # Also without an update: an averaging callback may just have copied its weights over.
+        # Also without a change: an averaging callback may just have copied its weights over.
         self._apply(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -296,17 +294,22 @@ class HiNMPruning(Callback):
                 "but a schedule in fractions of the training needs its length. Set `Trainer(max_steps=...)`."
             )
 
-    def _due(self, trainer: Trainer) -> int:
-        """Number of the update that is due before this step, perhaps one that was made already."""
+    def _progress(self, trainer: Trainer, this_batch: int = 0) -> Fraction:
+        """The part of the training that is done, exactly."""
         state, progress = self._state, Fraction(0)
         # Batches, not steps: GradScaler skips steps, and two manual optimizers make two of them a batch.
         if state.total_batches:
-            progress = Fraction(trainer.fit_loop.epoch_loop.batch_progress.total.completed, state.total_batches)
+            done = trainer.fit_loop.epoch_loop.batch_progress.total.completed + this_batch
+            progress = Fraction(done, state.total_batches)
         if state.max_steps:
             progress = max(progress, Fraction(trainer.global_step, state.max_steps))
-        due = self.schedule.due(progress)
-        if due and not state.update and self.saliency == "taylor":
-            ready = max(state.steps.values(), default=0) >= self.saliency_steps
+        return progress
+
+    def _due(self, trainer: Trainer) -> int:
+        """Number of the update that is due before this step, perhaps one that was made already."""
+        due = self.schedule.due(self._progress(trainer))
+        if due and not self._state.update and self.saliency == "taylor":
+            ready = max(self._state.steps.values(), default=0) >= self.saliency_steps
             # All ranks or none: without synchronised gradients they may have skipped different steps.
             if not trainer.strategy.reduce_boolean_decision(ready):
                 return 0
@@ -352,6 +355,18 @@ class HiNMPruning(Callback):
                 f"sparsity {self._metrics['hinm/sparsity']:.4f}, retained saliency {state.retained:.4f}, "
                 f"{len(layers)} layers searched in {sum(one.seconds for one in found.values()):.1f} s"
             )
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Makes the updates that the training had no step left for: it always ends with the target in force."""
+        if self._state.update == self.schedule.last:
+            return
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"HiNMPruning: the training ended at update {self._state.update} of {self.schedule.last}; the rest is "
+                "pruned now, and nothing trains after it. Train longer, or lower `schedule.end` or `saliency_steps` "
+                f"({self.saliency_steps})."
+            )
+        self._update(trainer, self.schedule.last)
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the masks in force everywhere: weights, optimizer state, averaged copies, and layouts on the modules."""

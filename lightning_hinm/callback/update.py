@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_hinm.callback.state import PruningState
 from lightning_hinm.layout import HiNMLayout
@@ -52,12 +53,18 @@ class Found:
 
 
 @torch.no_grad()
-def gather_taylor_(state: PruningState, layers: Sequence[PrunableLayer]) -> None:
-    """Adds the Taylor saliency of one step. A step with a non-finite gradient is none: GradScaler skips it too."""
-    moving = [layer for layer in layers if layer.weight.grad is not None and layer.name not in state.adopted]
-    steps = {layer.name: taylor(layer.matrix, to_matrix(layer.weight.grad, layer.kind)) for layer in moving}  # type: ignore[arg-type]
-    if all(bool(step.isfinite().all()) for step in steps.values()):
-        for name, step in steps.items():
+def gather_taylor_(state: PruningState, layers: Sequence[PrunableLayer], optimizer: Optimizer) -> None:
+    """Adds the Taylor saliency of one step of the optimizer that has these layers.
+
+    A step with a non-finite gradient anywhere is none: it would poison the sums, and GradScaler skips it too.
+    """
+    grads = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(bool(grad.isfinite().all()) for grad in grads if grad is not None):
+        return
+    for layer in layers:
+        name, grad = layer.name, layer.weight.grad
+        if grad is not None and name not in state.adopted:
+            step = taylor(layer.matrix, to_matrix(grad, layer.kind))  # [O, I]
             state.sums[name] = state.sums[name].add_(step) if name in state.sums else step
             state.steps[name] = state.steps.get(name, 0) + 1
 

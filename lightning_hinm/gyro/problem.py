@@ -93,11 +93,8 @@ def top_sum(parts: list[Tensor], n: int) -> Tensor:
 def row_values(problem: Problem, rows: Tensor, index: Tensor) -> Tensor:
     """What each of the rows would retain in each tile, given what the tile keeps: ``[rows, T]``."""
     pattern = problem.pattern
-    padded = (
-        pad(problem.saliency[rows], (0, pattern.padded(problem.saliency.shape[1]) - problem.saliency.shape[1]))
-        .t()
-        .contiguous()
-    )
+    in_features = problem.saliency.shape[1]
+    padded = pad(problem.saliency[rows], (0, pattern.padded(in_features) - in_features)).t().contiguous()
     values = []
     for columns in index:  # one tile at a time: [m, G, rows] at most
         slots = padded[columns.unflatten(0, (-1, pattern.m)).t()]  # [m, G, rows]

@@ -1,0 +1,248 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_hinm.layout import check_layout
+from lightning_hinm.mask import hinm_mask
+from lightning_hinm.pattern import HiNMPattern, to_matrix
+from lightning_hinm.prune import find_layers, layout_of, prune
+from tests.strategies import patterns
+
+PATTERN = HiNMPattern(4, 0.5)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+        self.grouped = nn.Conv2d(8, 16, 3, groups=2)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.block = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+        self.line = nn.Conv1d(16, 8, 3)
+        self.head = nn.Linear(16, 2)
+        self.register_buffer("attn_mask", torch.ones(4, 4))
+
+
+def reasons(model: nn.Module, **arguments: object) -> dict[str, str | None]:
+    return {entry.name: entry.reason for entry in find_layers(model, PATTERN, **arguments)[1]}
+
+
+def names(model: nn.Module, **arguments: object) -> list[str]:
+    return [layer.name for layer in find_layers(model, PATTERN, **arguments)[0]]
+
+
+# --- prune ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(patterns(), st.integers(1, 20), st.integers(1, 40), st.integers(0, 99))
+def test_what_is_left_is_exactly_the_pattern_of_the_layout(pattern, rows, columns, seed):
+    model = nn.Linear(columns, rows)
+    before = model.weight.detach().clone()
+    if (
+        rows < pattern.vector_size
+        or columns < pattern.m
+        or pattern.kept(columns) * pattern.n >= pattern.padded(columns) * pattern.m
+    ):
+        with pytest.raises(ValueError, match="nothing to prune"):
+            prune(model, pattern)
+        assert torch.equal(model.weight, before)
+        return
+    report = prune(model, pattern)
+    layout = layout_of(model)
+    check_layout(layout, rows, columns)
+    mask = hinm_mask(before.abs(), layout)
+    assert torch.equal(model.weight, before.masked_fill(~mask, 0))
+    assert report.layers[0].sparsity == pytest.approx(1 - mask.float().mean().item())
+
+
+def test_every_kind_of_layer_is_pruned_to_the_sparsity_and_nothing_else_changes():
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    report = prune(model, PATTERN)
+    assert [layer.name for layer in report.pruned] == ["conv", "grouped", "block.0", "block.2", "line"]
+    for layer in report.pruned:
+        weight = model.get_parameter(f"{layer.name}.weight")
+        assert (weight == 0).double().mean().item() == pytest.approx(layer.sparsity)
+        assert layer.sparsity == pytest.approx(0.75, abs=0.05)
+        assert 0 < layer.retained < 1
+        assert ((weight == before[f"{layer.name}.weight"]) | (weight == 0)).all()
+    untouched = [name for name in before if name.removesuffix(".weight") not in {r.name for r in report.pruned}]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in untouched)
+    assert list(model.state_dict()) == list(before)
+
+
+def test_rows_of_a_grouped_convolution_stay_in_their_group():
+    model = Net()
+    prune(model, PATTERN)
+    check_layout(layout_of(model.grouped), 16, 4 * 9, groups=2)
+
+
+def test_the_saliency_given_decides_who_survives():
+    model = nn.Linear(8, 8)
+    saliency = torch.rand(8, 8)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    prune(model, PATTERN, saliency={"": saliency})
+    assert torch.equal(model.weight != 0, hinm_mask(saliency, layout_of(model)))
+
+
+@pytest.mark.parametrize(
+    ("saliency", "message"),
+    [
+        ("taylor", "without data only 'magnitude'"),
+        ({}, "got nothing, but the weight is"),
+        ({"": torch.rand(2, 2)}, r"got \[2, 2\]"),
+        ({"": -torch.ones(8, 8)}, "64 of 64 values are negative"),
+    ],
+)
+def test_a_saliency_that_does_not_fit_is_refused_and_nothing_changes(saliency, message):
+    model = nn.Linear(8, 8)
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        prune(model, PATTERN, saliency=saliency)
+    assert torch.equal(model.weight, before)
+    assert layout_of(model) is None
+
+
+def test_the_layout_survives_deepcopy_and_stays_out_of_the_state_dict():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prune(model, PATTERN)
+    assert torch.equal(layout_of(copy.deepcopy(model)[0]).vector_index, layout_of(model[0]).vector_index)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
+def test_a_shared_weight_is_pruned_once_and_both_layers_know_the_layout():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    report = prune(model, PATTERN)
+    assert [layer.name for layer in report.pruned] == ["0"]
+    assert "shares its weight with '0'" in report.layers[1].reason
+    assert torch.equal(layout_of(model[1]).vector_index, layout_of(model[0]).vector_index)
+
+
+def test_patterns_by_name_use_the_first_that_matches():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 8))
+    two = {"1": HiNMPattern(8, 0.75, 1, 2), "Linear": PATTERN}
+    prune(model, two, ignore=["2"])
+    assert layout_of(model[0]).pattern == PATTERN
+    assert layout_of(model[1]).pattern == two["1"]
+    assert layout_of(model[2]) is None
+
+
+def test_a_budget_of_zero_says_that_it_ended_the_search():
+    report = prune(nn.Sequential(nn.Linear(16, 16)), PATTERN, time_budget=0)
+    assert report.layers[0].ended_by_budget
+    assert "ended by the time budget" in str(report)
+
+
+def test_the_report_is_a_table_of_every_layer_with_its_numbers_or_its_reason():
+    lines = str(prune(Net(), PATTERN)).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "layer", "conv", "grouped", "depthwise", "block.0", "block.2", "line", "head",
+    ]  # fmt: skip
+    assert "8x4x3x3" in lines[1]
+    assert "skipped: depthwise convolution" in lines[3]
+    assert "skipped: 2 rows are less than one tile of vector_size=4" in lines[7]
+
+
+# --- which layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("include", "expected"),
+    [
+        (["conv"], ["conv"]),
+        (["block"], ["block.0", "block.2"]),
+        (["block.2", "line"], ["block.2", "line"]),
+        (["Linear"], ["block.0", "block.2"]),
+        (["re:.*conv|block\\.0"], ["conv", "block.0"]),
+    ],
+)
+def test_include_takes_names_containers_classes_and_expressions(include, expected):
+    assert names(Net(), include=include) == expected
+
+
+def test_ignore_speaks_the_same_dialect():
+    assert names(Net(), ignore=["Conv2d", "block.0"]) == ["block.2", "line"]
+    assert reasons(Net(), ignore=["conv"])["conv"] == "in `ignore`"
+
+
+def test_all_entries_that_match_nothing_stand_in_one_message():
+    with pytest.raises(ValueError, match=r"(?s)include: 'fc9' matches no.*ignore: 're:x\.' matches no") as error:
+        find_layers(Net(), PATTERN, include=["fc9"], ignore=["re:x."])
+    assert "Its layers are conv, grouped" in str(error.value)
+
+
+def test_an_expression_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"'re:\(' is not a regular expression"):
+        find_layers(Net(), PATTERN, include=["re:("])
+
+
+def test_a_string_instead_of_a_list_is_refused():
+    with pytest.raises(TypeError, match="must be a list of strings"):
+        find_layers(Net(), PATTERN, include="conv")
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(TypeError, match=r"pattern: got 0\.75"):
+        find_layers(Net(), 0.75)
+
+
+def test_a_model_with_nothing_prunable_is_refused_with_every_reason():
+    with pytest.raises(ValueError, match=r"(?s)nothing to prune.*0: 2 rows are less than one tile"):
+        find_layers(nn.Sequential(nn.Linear(8, 2), nn.ReLU()), PATTERN)
+
+
+def test_all_layers_with_nan_or_infinite_weights_are_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight[1, 2] = float("nan")
+        model[2].weight[:, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"(?s)0: 1 of 64 weights.*2: 8 of 64 weights"):
+        prune(model, PATTERN)
+    assert not (model[1].weight == 0).any()
+
+
+def test_a_parametrised_weight_is_refused_unless_it_is_ignored():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="0: its weight is parametrised"):
+        find_layers(model, PATTERN)
+    assert names(model, ignore=["0"]) == ["1"]
+    assert names(model, include=["1"]) == ["1"]
+
+
+def test_weights_that_are_not_there_yet_are_refused():
+    with pytest.raises(ValueError, match="not initialised"):
+        find_layers(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8)), PATTERN)
+    with pytest.raises(ValueError, match="meta device"):
+        find_layers(nn.Linear(8, 8, device="meta"), PATTERN)
+
+
+def test_a_head_tied_to_an_embedding_is_left_out_and_says_so():
+    model = nn.ModuleDict({"emb": nn.Embedding(16, 8), "fc": nn.Linear(8, 8), "head": nn.Linear(8, 16, bias=False)})
+    model["head"].weight = model["emb"].weight
+    assert reasons(model) == {"head": "its weight is that of the embedding 'emb'"}
+
+
+def test_the_projection_inside_multihead_attention_is_left_out_and_says_so():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
+    assert "reads the projection's weight by itself" in reasons(model)["attn.out_proj"]
+
+
+def test_groups_that_are_no_multiple_of_a_tile_are_left_out():
+    assert (
+        "6 rows a group are no multiple of vector_size=4"
+        in reasons(nn.Sequential(nn.Conv2d(8, 12, 1, groups=2), nn.Linear(8, 8)))["0"]
+    )
+
+
+def test_a_matrix_seen_by_the_core_is_a_view_of_the_weight():
+    layer = find_layers(nn.Conv2d(4, 8, 3), PATTERN)[0][0]
+    assert layer.matrix.data_ptr() == layer.weight.data_ptr()
+    assert torch.equal(layer.to_weight(layer.matrix), layer.weight)
+    assert torch.equal(to_matrix(layer.weight, "conv2d"), layer.matrix)
