@@ -215,7 +215,7 @@ def test_wrong_inputs_are_refused_by_value_rule_and_remedy() -> None:
         torch.ops.hinm.conv2d(x[0, 0], *rest)
     with pytest.raises(TypeError, match=r"x is torch.float16, but the packed weight is torch.float32"):
         torch.ops.hinm.conv2d(x.half(), *rest)
-    small, args = conv_case(CONVOLUTIONS[1], 2, size=(3, 3))
+    _, args = conv_case(CONVOLUTIONS[1], 2, size=(3, 3))
     with pytest.raises(ValueError, match=r"x is 2 x 7 with its padding, but the kernel with its dilation is 3 x 3"):
         torch.ops.hinm.conv2d(args[0][:, :, :2], *args[1:])
 
