@@ -16,14 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_hinm.callback.enforce import mask_averages_, mask_gradients_, mask_weights_, owned_by
 from lightning_hinm.callback.state import PruningState, check_belongs, dump_state, fresh_state, read_state, targets_of
-from lightning_hinm.callback.update import (
-    Choice,
-    gather_taylor_,
-    record_,
-    saliency_of,
-    search_layers,
-    settle_saliency_,
-)
+from lightning_hinm.callback.update import Choice, gather_taylor_, record_, saliency_of, search_layers, settle_saliency_
 from lightning_hinm.gyro import METHODS, search
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import choose_vectors, hinm_mask
@@ -180,17 +173,20 @@ class HiNMPruning(Callback):
     # Layers are looked up here and not in `setup`: `configure_model` and a LightningModule's own `setup` run after the
     # callback's, and so does the loading of a checkpoint.
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restored, self._restored = self._restored, False
         layers, self._skipped = find_layers(pl_module, self.pattern, include=self.include, ignore=self.ignore)
         if not isinstance(self.saliency, str):
             saliencies(layers, self.saliency)
-        if self._restored:
-            check_belongs(self._state, layers)
+        if restored:
+            loaded, self._state = self._state, PruningState({})  # nothing stays of a state that does not belong
+            check_belongs(loaded, layers)
+            self._state = loaded
         elif self._model() is not pl_module or self._state.targets != targets_of(layers):
             self._state = fresh_state(layers)
             self._tell_adopted()
             if len(self._state.adopted) == len(layers):
                 self._state.update = self.schedule.last
-        self._restored, self._model, self._layers = False, weakref.ref(pl_module), layers
+        self._model, self._layers = weakref.ref(pl_module), layers
         state = self._state
         for layer in layers:
             state.reports.setdefault(layer.name, LayerReport(layer.name, layer.kind, tuple(layer.weight.shape)))
