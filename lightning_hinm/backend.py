@@ -30,10 +30,11 @@ class PackedTwin:
     All graphs of a layer share one twin. They hold its buffers, so a repack in place reaches them all.
     """
 
-    def __init__(self, name: str, owner: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, layout: HiNMLayout) -> None:
         self.name = name
-        self.layer = pack_layer(owner, name=name)
-        self._stamp = _stamp(owner.weight)  # type: ignore[arg-type]
+        self.layer = pack_layer(module, name=name)
+        self._layout = weakref.ref(layout)  # a graph must not keep alive what it is guarded by
+        self._stamp = _stamp(module.weight)  # type: ignore[arg-type]
 
     def fits(self, weight: Tensor) -> bool:
         """Whether ``weight`` can be packed in place."""
@@ -46,12 +47,14 @@ class PackedTwin:
             return False
         return weight.is_inference() or weight._version == version
 
-    def repack(self, layout: HiNMLayout, weight: Tensor) -> None:
+    def repack(self, weight: Tensor) -> None:
         """Packs ``weight``, of the shape and kind that it had, in place.
 
         Raises:
             ValueError: if it has anything outside the pattern.
         """
+        layout = self._layout()
+        assert layout is not None, "the guard of a graph fails with its layout"  # noqa: S101
         self.layer.repack(pack_weight(weight, layout, kind=self.layer.kind, groups=self.layer.groups, name=self.name))
         self._stamp = _stamp(weight)
         log.info("hinm: repacked %s", self.name)
@@ -115,11 +118,11 @@ def hinm_backend(
         twins = {node: twin for node, twin in twins.items() if _pays(node, twin, calls)}
     sparsify_layers_pass(gm, {node.name: twin.layer for node, twin in twins.items()})
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    checks = [(positions[node], twin, layouts[node]) for node, twin in twins.items()]
+    checks = [(positions[node], twin) for node, twin in twins.items()]
     compiled = inner(gm, example_inputs)
 
     def run(*args: Any) -> Any:
-        stale = [(twin, layout, args[i]) for i, twin, layout in checks if not twin.is_fresh(args[i])]
+        stale = [(twin, args[i]) for i, twin in checks if not twin.is_fresh(args[i])]
         if stale:
             _repack_all(stale)
         return compiled(*args)
@@ -137,7 +140,7 @@ def repack(model: nn.Module) -> None:
         ValueError: if a weight is not zero outside its pattern; all offenders in one message.
     """
     layouts = [(module, layout) for module in model.modules() if (layout := layout_of(module)) is not None]
-    _repack_all([(_twins[layout], layout, module.weight) for module, layout in layouts if layout in _twins])  # type: ignore
+    _repack_all([(_twins[layout], module.weight) for module, layout in layouts if layout in _twins])  # type: ignore
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules():
             if isinstance(module, HiNMLayer):
@@ -168,9 +171,9 @@ def _make_twins(
         twin = _twins.get(layout)
         try:
             if twin is None or not twin.fits(weight):
-                twin = _twins[layout] = PackedTwin(name, module)
+                twin = _twins[layout] = PackedTwin(name, module, layout)
             elif not twin.is_fresh(weight):
-                twin.repack(layout, weight)
+                twin.repack(weight)
             twins[node] = twin
         except ValueError as error:
             wrong.append(str(error))
@@ -179,11 +182,11 @@ def _make_twins(
     return twins
 
 
-def _repack_all(stale: Sequence[tuple[PackedTwin, HiNMLayout, Tensor]]) -> None:
+def _repack_all(stale: Sequence[tuple[PackedTwin, Tensor]]) -> None:
     wrong = []
-    for twin, layout, weight in stale:
+    for twin, weight in stale:
         try:
-            twin.repack(layout, weight)
+            twin.repack(weight)
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
