@@ -24,10 +24,10 @@ test-all: lint
 	$(PYTHON) -m pytest -n 2
 
 demo: setup
-	$(PYTHON) -m recipes.demo minilm $(ARGS)
+	$(PYTHON) -m benchmarks.demo minilm $(ARGS)
 
 demo-cnn: setup
-	$(PYTHON) -m recipes.demo resnet $(ARGS)
+	$(PYTHON) -m benchmarks.demo resnet $(ARGS)
 
 benchmark: setup
 	$(PYTHON) benchmarks/cpu.py $(ARGS)
