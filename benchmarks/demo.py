@@ -311,19 +311,15 @@ def plot(name: str, runs: list[list[Row]], path: Path) -> None:
     axes.set_ylabel("accuracy on held-out data")
     axes.set_ylim(0, 1.08)
     axes.set_title(f"{name}: 75 % sparsity, one-shot, {len(runs)} seed{'s' * (len(runs) > 1)}")
-    axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def provenance() -> dict[str, str]:
     """Commit, versions and device, to stand beside every number."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     threads = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     return {"commit": commit, "torch": torch.__version__, "lightning": L.__version__, "device": threads}
 
