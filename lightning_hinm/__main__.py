@@ -120,7 +120,7 @@ def _add_value(cause: str, value: str) -> str:
 
 def suggest_name(message: str, names: list[str]) -> list[str]:
     """A line with the known name closest to the one that the message complains about, if there is one."""
-    found = re.search(r"[Oo]ption '([\w.]+)'|no attribute '(\w+)'|invalid choice: '(\w+)'", message)
+    found = re.search(r"(?:[Oo]ption|[Kk]ey) '([\w.]+)'|no attribute '(\w+)'|invalid choice: '(\w+)'", message)
     close = difflib.get_close_matches(next(filter(None, found.groups())), names, n=1) if found else []
     return [f"  Did you mean {name}?" for name in close]
 
