@@ -7,6 +7,7 @@ Shapes: O rows, I columns (of one group in a grouped convolution), T tiles of V 
 tokens; B images of L output pixels.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ from lightning_hinm.format import HiNMWeight, expand
 from lightning_hinm.layout import inverse
 from lightning_hinm.pattern import HiNMPattern
 
-# Tokens that the CPU computes at a time: what it gathers for them, T * P * 64 numbers, stays in the caches. On 2 cores
-# with 1 MiB of L2 each, 32 and 128 were both slower, and without blocks V=128 at 75 % was slower than dense.
-BLOCK_TOKENS = 64
+# Numbers that the CPU gathers at a time, 2 MiB in float32: they stay in the caches, and the allocator keeps the memory.
+# On 2 cores with 1 MiB of L2 each, half of it and twice as much were both slower, and all at once slower than dense.
+BLOCK_NUMBERS = 1 << 19
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
 _PACKED = "Tensor values, Tensor metadata, Tensor vector_index, Tensor output_order, Tensor? bias, Tensor? expansion"
 _PATTERN = "int vector_size, int n, int m"
-# Tags promise nothing about strides: both kernels take any input and return a contiguous tensor of its own.
+# Both kernels take an input of any strides and return a contiguous tensor of its own.
 _LIBRARY.define(f"linear(Tensor x, {_PACKED}, int in_features, {_PATTERN}) -> Tensor")
 _LIBRARY.define(
     f"conv2d(Tensor x, {_PACKED}, int in_channels, int kernel_height, int kernel_width, int stride_height, "
@@ -52,10 +53,12 @@ def _linear(
     columns, restore = _columns_of_x(vector_index, in_features), inverse(output_order.to(torch.int64))
     tokens = x.reshape(-1, in_features)  # [N, I]
     out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
-    step = BLOCK_TOKENS if x.device.type == "cpu" else max(tokens.shape[0], 1)
+    scratch = _Scratch(x)
+    step = _tokens_at_once(tiles, tokens.shape[0])
     for first in range(0, tokens.shape[0], step):
-        block = tokens[first : first + step].t().contiguous()  # [I, step]: a column is one run of memory
-        _write(_product(tiles, block, columns, restore).t(), bias, out[first : first + step])
+        block = tokens[first : first + step].t()
+        block = scratch.empty("block", *block.shape).copy_(block)  # [I, step]: a column is one run of memory
+        _write(_product(tiles, block, columns, restore, scratch).t(), bias, out[first : first + step])
     return out.reshape(*x.shape[:-1], restore.shape[0])
 
 
@@ -125,11 +128,17 @@ def _conv2d(
     images = x.reshape(-1, *x.shape[-3:])
     pixels = height * width
     out = x.new_empty(images.shape[0], restore.shape[0], pixels)  # [B, O, L]
-    step = max(BLOCK_TOKENS // pixels, 1) if x.device.type == "cpu" else max(images.shape[0], 1)
-    for first in range(0, images.shape[0], step):
-        block = _unfold(images[first : first + step], kernel, stride, padding, dilation)  # [b, G * I, L]
-        product = _product(tiles, block.transpose(0, 1).flatten(1), columns, restore).unflatten(1, (-1, pixels))
-        _write(product.transpose(0, 1), None if bias is None else bias[:, None], out[first : first + step])
+    bias = None if bias is None else bias[:, None]
+    scratch = _Scratch(x)
+    step = _tokens_at_once(tiles, images.shape[0] * pixels)
+    images_step, pixels_step = max(step // pixels, 1), min(step, pixels)
+    for first in range(0, images.shape[0], images_step):
+        image = _unfold(images[first : first + images_step], kernel, stride, padding, dilation)  # [b, G * I, L]
+        for start in range(0, pixels, pixels_step):
+            block = image[:, :, start : start + pixels_step]
+            product = _product(tiles, block.transpose(0, 1).flatten(1), columns, restore, scratch)
+            product = product.unflatten(1, (-1, block.shape[2])).transpose(0, 1)  # [b, O, l]
+            _write(product, bias, out[first : first + images_step, :, start : start + pixels_step])
     return out.reshape(*x.shape[:-3], restore.shape[0], height, width)
 
 
@@ -180,10 +189,34 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, grad_bias, *[None] * 14
 
 
-def _product(tiles: Tensor, columns: Tensor, kept: Tensor, restore: Tensor) -> Tensor:
+class _Scratch:
+    """Memory for the intermediate results of one call, used again by each block: fresh pages cost as much as work."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._flat: dict[str, Tensor] = {}
+
+    def empty(self, name: str, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        if name not in self._flat:  # the first block is the largest
+            self._flat[name] = self._like.new_empty(count)
+        return self._flat[name][:count].view(shape)
+
+
+def _tokens_at_once(tiles: Tensor, tokens: int) -> int:
+    """Columns of the product that are computed together."""
+    if tiles.device.type != "cpu":
+        return max(tokens, 1)
+    # At least V, since a product of [V, P] and [P, N] has to lay out [V, P] first, and 64 against the calls themselves.
+    return max(BLOCK_NUMBERS // (tiles.shape[0] * tiles.shape[2]), tiles.shape[1], 64)
+
+
+def _product(tiles: Tensor, columns: Tensor, kept: Tensor, restore: Tensor, scratch: _Scratch) -> Tensor:
     """``[T, V, P]`` times the kept rows of ``[I, N]``, in the original order: ``[O, N]``; virtual rows drop out."""
-    gathered = columns.index_select(0, kept).unflatten(0, (tiles.shape[0], tiles.shape[2]))  # [T, P, N]
-    return torch.bmm(tiles, gathered).flatten(0, 1).index_select(0, restore)
+    (count, v, p), n = tiles.shape, columns.shape[1]
+    gathered = torch.index_select(columns, 0, kept, out=scratch.empty("gathered", count * p, n))
+    product = torch.bmm(tiles, gathered.view(count, p, n), out=scratch.empty("product", count, v, n))
+    return torch.index_select(product.flatten(0, 1), 0, restore, out=scratch.empty("ordered", restore.shape[0], n))
 
 
 def _transposed_product(tiles: Tensor, grad: Tensor, output_order: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""Speed of the sparse ops against the dense functions on the CPU: ``python benchmarks/cpu.py [--out cpu.json]``.
+
+Every layout is random and legal, with the rows in the identity order and in a random one. Both sides run in turn in the
+same process, and the ratio is that of their medians: above 1, sparse is faster. On a machine with other work to do the
+ratios mean little: the load is printed, and ``--clock cpu --threads 1`` counts the time of this process alone.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack
+from lightning_hinm.format import expand
+from lightning_hinm.mask import choose_vectors
+
+SHAPES = [(3072, 768), (768, 3072)]
+# tokens, vector size, sparsity, and the ratio that the project promises for it
+CASES = [
+    (512, 64, 0.875, 1.8),
+    (512, 128, 0.75, 1.2),
+    (512, 64, 0.75, None),
+    (16, 64, 0.75, 1.5),
+    (16, 64, 0.875, None),
+    (1, 64, 0.875, None),
+]
+# channels, rows, kernel, image, batch
+CONVOLUTIONS = [(256, 256, 1, 14, 8), (256, 256, 3, 14, 8), (512, 512, 3, 7, 8)]
+
+
+def masked_weight(rows: int, columns: int, pattern: HiNMPattern, *, shuffled: bool) -> tuple[Tensor, HiNMLayout]:
+    """A random weight that obeys the pattern, and its layout."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    order = torch.randperm(rows, generator=generator) if shuffled else torch.arange(rows)
+    layout = HiNMLayout(pattern, order, choose_vectors(weight.abs(), pattern, order))
+    return weight * hinm_mask(weight.abs(), layout), layout
+
+
+def in_turn(calls: list[Callable[[], Tensor]], clock: Callable[[], float], seconds: float) -> list[float]:
+    """Median seconds of each call, taken in turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 7 or time.perf_counter() < end:
+        for call, record in zip(calls, times, strict=True):
+            start = clock()
+            call()
+            record.append(clock() - start)
+    return [statistics.median(record[2:]) for record in times]
+
+
+def linear_row(shape: tuple[int, int], case: tuple[Any, ...], clock: Callable[[], float], seconds: float) -> dict:
+    tokens, v, sparsity, promised = case
+    pattern = HiNMPattern.from_sparsity(sparsity, vector_size=v)
+    x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
+    row: dict[str, Any] = {"layer": f"linear {shape[0]}x{shape[1]}", "input": [tokens, shape[1]], "vector_size": v}
+    row |= {"sparsity": sparsity, "promised": promised}
+    for name, shuffled in (("identity", False), ("random", True)):
+        weight, layout = masked_weight(*shape, pattern, shuffled=shuffled)
+        packed = pack(weight, layout)
+        args = (*packed.tensors.values(), bias, expand(packed), shape[1], v, pattern.n, pattern.m)
+        calls = [lambda w=weight: F.linear(x, w, bias), lambda a=args: torch.ops.hinm.linear(x, *a)]
+        row |= compare(name, calls, clock, seconds)
+    return row
+
+
+def conv_row(case: tuple[int, ...], clock: Callable[[], float], seconds: float) -> dict:
+    channels, rows, kernel, size, batch = case
+    pattern = HiNMPattern.from_sparsity(0.875)
+    x, bias, padding = torch.randn(batch, channels, size, size), torch.randn(rows), kernel // 2
+    row: dict[str, Any] = {"layer": f"conv2d {rows}x{channels}x{kernel}x{kernel}", "input": list(x.shape)}
+    row |= {"vector_size": 64, "sparsity": 0.875, "promised": None}
+    for name, shuffled in (("identity", False), ("random", True)):
+        weight, layout = masked_weight(rows, channels * kernel**2, pattern, shuffled=shuffled)
+        weight = weight.reshape(rows, channels, kernel, kernel)
+        packed = pack(weight, layout)
+        numbers = (channels, kernel, kernel, 1, 1, padding, padding, 1, 1, 1, 64, pattern.n, pattern.m)
+        args = (*packed.tensors.values(), bias, expand(packed), *numbers)
+        calls = [lambda w=weight: F.conv2d(x, w, bias, 1, padding), lambda a=args: torch.ops.hinm.conv2d(x, *a)]
+        row |= compare(name, calls, clock, seconds)
+    return row
+
+
+def compare(order: str, calls: list[Callable[[], Tensor]], clock: Callable[[], float], seconds: float) -> dict:
+    dense, sparse = in_turn(calls, clock, seconds)
+    error = (calls[1]() - calls[0]()).norm() / calls[0]().norm()
+    assert error < 1e-5, f"the results differ by {error:.1e}"
+    return {f"dense_ms_{order}": dense * 1e3, f"sparse_ms_{order}": sparse * 1e3, f"ratio_{order}": dense / sparse}
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)  # noqa: S603
+    return result.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each comparison")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of this thread, with 1 thread")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu counts one thread: add --threads 1")
+    torch.set_num_threads(options.threads)
+    clock = time.perf_counter if options.clock == "wall" else time.thread_time
+    facts = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+        "clock": options.clock,
+        "dtype": "float32",
+        "commit": commit(),
+        "load_before": os.getloadavg()[0],
+    }
+    print("  ".join(f"{name} {value}" for name, value in facts.items()))
+    print(f"{'layer':24} {'input':16} {'V':>3} {'sparsity':>8} {'dense ms':>9} {'sparse ms':>9} {'ratio':>6} "
+          f"{'random order':>12} {'promised':>8}")  # fmt: skip
+    rows = []
+    with torch.inference_mode():
+        makers = [lambda s=s, c=c: linear_row(s, c, clock, options.seconds) for s in SHAPES for c in CASES]
+        makers += [lambda c=c: conv_row(c, clock, options.seconds) for c in CONVOLUTIONS]
+        for make in makers:
+            row = make()
+            rows.append(row)
+            size = "x".join(map(str, row["input"]))
+            times = f"{row['dense_ms_random']:9.3f} {row['sparse_ms_random']:9.3f} {row['ratio_identity']:6.2f}"
+            promised = "" if row["promised"] is None else f"{row['promised']:8.2f}"
+            print(f"{row['layer']:24} {size:16} {row['vector_size']:3} {row['sparsity']:8} {times} "
+                  f"{row['ratio_random']:12.2f} {promised}", flush=True)  # fmt: skip
+    facts["load_after"] = os.getloadavg()[0]
+    print(f"load before {facts['load_before']:.1f}, after {facts['load_after']:.1f}, on {facts['cores']} cores")
+    if options.out:
+        options.out.write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
