@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hinm.callback.enforce import mask_averages_, mask_gradients_, mask_weights_, owned_by
-from lightning_hinm.callback.state import PruningState, check_belongs, dump_state, fresh_state, read_state, targets_of
+from lightning_hinm.callback.state import (
+    PruningState,
+    check_belongs,
+    describe_adopted,
+    dump_state,
+    fresh_state,
+    read_state,
+    targets_of,
+)
 from lightning_hinm.callback.update import Choice, gather_taylor_, record_, saliency_of, search_layers, settle_saliency_
 from lightning_hinm.gyro import METHODS, search
 from lightning_hinm.layout import HiNMLayout
@@ -160,15 +168,17 @@ class HiNMPruning(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage
-        strategy = trainer.strategy
-        if stage == "fit" and (
-            not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-            or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy))
-        ):
+        if stage != "fit":
+            return
+        strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+        if not isinstance(strategy, whole) or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
             raise MisconfigurationException(
                 f"HiNMPruning: got {type(strategy).__name__}, but weights must be whole on every device. "
                 "Use a single device or DDP."
             )
+        if self._model() is not pl_module and not self._restored:
+            self._state = PruningState({})  # another model: anew
+        self._model = weakref.ref(pl_module)
 
     # Layers are looked up here and not in `setup`: `configure_model` and a LightningModule's own `setup` run after the
     # callback's, and so does the loading of a checkpoint.
@@ -178,15 +188,14 @@ class HiNMPruning(Callback):
         if not isinstance(self.saliency, str):
             saliencies(layers, self.saliency)
         if restored:
-            loaded, self._state = self._state, PruningState({})  # nothing stays of a state that does not belong
-            check_belongs(loaded, layers)
-            self._state = loaded
-        elif self._model() is not pl_module or self._state.targets != targets_of(layers):
+            check_belongs(self._state, layers)
+        elif self._state.targets != targets_of(layers):
             self._state = fresh_state(layers)
-            self._tell_adopted()
+            for name in self._state.adopted:
+                rank_zero_info(f"HiNMPruning: {describe_adopted(self._state, name)}")
             if len(self._state.adopted) == len(layers):
                 self._state.update = self.schedule.last
-        self._model, self._layers = weakref.ref(pl_module), layers
+        self._layers = layers
         state = self._state
         for layer in layers:
             state.reports.setdefault(layer.name, LayerReport(layer.name, layer.kind, tuple(layer.weight.shape)))
@@ -390,11 +399,3 @@ class HiNMPruning(Callback):
         # Straight to the loggers: what is logged through the module waits for `log_every_n_steps`.
         for logger in trainer.loggers:
             logger.log_metrics(self._metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-    def _tell_adopted(self) -> None:
-        for name in self._state.adopted:
-            sparsity = 1 - self._state.masks[name].float().mean().item()
-            layout = "with its layout"
-            if name not in self._state.layouts:
-                layout = "without a layout: weights do not hold it, `load_layouts` reads it from a whole checkpoint"
-            rank_zero_info(f"HiNMPruning: {name} is pruned already (sparsity {sparsity:.4f}) and stays so, {layout}")

@@ -93,6 +93,14 @@ def adopt(state: PruningState, layer: PrunableLayer) -> None:
     state.adopted.append(layer.name)
 
 
+def describe_adopted(state: PruningState, name: str) -> str:
+    """What is known, and what is not, of a layer that was pruned before."""
+    layout = "with its layout"
+    if name not in state.layouts:
+        layout = "without a layout: weights do not hold it, `load_layouts` reads it from a whole checkpoint"
+    return f"{name} is pruned already (sparsity {1 - state.masks[name].float().mean():.4f}) and stays so, {layout}"
+
+
 def dump_state(state: PruningState, schedule: GradualSchedule) -> dict[str, Any]:
     """Tensors and primitives only, so that the default ``weights_only`` resume takes it; bits and int32, so small."""
     return {

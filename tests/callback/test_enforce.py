@@ -272,6 +272,19 @@ def test_a_swap_of_averaged_weights_moves_the_version_counter_for_validation_and
     assert len(set(versions[2:])) == len(versions[2:])  # after the sanity check
 
 
+def test_an_average_that_nobody_knows_of_is_masked_when_it_is_copied_over_in_the_end() -> None:
+    class Shadow(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            self.shadow = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            for parameter, shadow in zip(pl_module.parameters(), self.shadow, strict=True):
+                parameter.data.copy_(shadow)
+
+    callback = pruning_of()
+    assert_target(fit(Shadow(), callback), callback)
+
+
 def test_a_teacher_that_a_callback_holds_stays_dense() -> None:
     class Teacher(Callback):
         def __init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -38,7 +38,7 @@ from lightning_hinm.callback import Choice, HiNMPruning
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import hinm_mask, keep_top
 from lightning_hinm.pattern import HiNMPattern
-from lightning_hinm.prune import layout_of
+from lightning_hinm.prune import PrunableLayer, layout_of
 from lightning_hinm.schedule import GradualSchedule
 
 pytestmark = FOREIGN
@@ -135,7 +135,7 @@ def test_a_given_saliency_decides() -> None:
         assert torch.equal(callback.masks[name], hinm_mask(given[name], layout))
 
 
-@pytest.mark.parametrize("saliency", ["taylor", "magnitude"])
+@pytest.mark.parametrize("saliency", ["taylor", "magnitude", "given"])
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -149,6 +149,9 @@ def test_a_given_saliency_decides() -> None:
     ids=str,
 )
 def test_masks_nest_and_obey_the_schedule_until_the_target_is_reached(pattern: HiNMPattern, saliency: Any) -> None:
+    if saliency == "given":  # it does not know what is pruned already
+        draw = torch.Generator().manual_seed(0)
+        saliency = {f"net.{i}": torch.rand(shape, generator=draw) ** 9 for i, shape in ((0, (24, 16)), (2, (10, 24)))}
     callback = pruning_of(pattern=pattern, saliency=saliency, method="exchange", schedule=GradualSchedule(0.0, 0.8))
     seen: list[tuple[dict[str, Tensor], dict[str, HiNMLayout]]] = []
 
@@ -168,6 +171,27 @@ def test_masks_nest_and_obey_the_schedule_until_the_target_is_reached(pattern: H
             assert torch.equal(old[name].output_order, new[name].output_order)
             if old[name].pattern.n < pattern.m:
                 assert torch.equal(old[name].vector_index, new[name].vector_index)
+
+
+@pytest.mark.parametrize("method", ["identity", "gyro", "exchange"])
+def test_a_saliency_turned_upside_down_brings_no_pruned_weight_back(method: Any) -> None:
+    callback, draw = pruning_of(method=method), torch.Generator().manual_seed(0)
+    layer = PrunableLayer("net.0", Tiny().net[0], "linear", PATTERN)
+    saliency, layout, mask = torch.rand(24, 16, generator=draw), None, None
+    for update in range(1, 6):
+        choice = callback.choose_mask(
+            layer,
+            saliency,
+            callback.schedule.pattern(update, PATTERN),
+            layout=layout,
+            within=mask,
+            generator=draw,
+            time_budget=None,
+        )
+        assert mask is None or not (choice.mask & ~mask).any()
+        assert is_legal(choice.mask, choice.layout)
+        layout, mask, saliency = choice.layout, choice.mask, 1 - saliency
+    assert layout.pattern == PATTERN
 
 
 def test_several_updates_due_at_once_collapse_into_the_last() -> None:
@@ -330,9 +354,42 @@ def test_convolutions_grouped_ones_too_are_pruned() -> None:
     callback = pruning_of(method="exchange", ignore=["net.1"])
     model = fit(callback, model=Convolutions())
     assert set(callback.masks) == {"net.3", "image"}
+    assert_target(model, callback)
     assert sparsity_of(model.image.weight) == pytest.approx(0.75, abs=0.03)
     order = callback.layouts["net.3"].output_order
     assert (order[:4] < 4).all()
+
+
+class Conv1D(nn.Module):
+    """Like Hugging Face's: the weight is ``[in, out]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 24)), nn.Parameter(torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
+def test_a_hugging_face_layer_has_its_mask_in_its_own_shape() -> None:
+    model, callback = Tiny(), pruning_of(method="exchange")
+    model.net[0] = Conv1D()
+    fit(callback, model=model)
+    assert callback.masks["net.0"].shape == (16, 24)
+    assert_target(model, callback)
+
+
+@pytest.mark.parametrize("first", ["pruning", "finder"])
+def test_a_learning_rate_finder_inside_the_fit_changes_nothing(first: str, tmp_path: Path) -> None:
+    pair = [pruning_of(), LearningRateFinder(num_training_steps=5, update_attr=False)]
+    callback, alone = pair[0], pruning_of()
+    model = fit(*(pair if first == "pruning" else reversed(pair)), default_root_dir=tmp_path, model=Tiny())
+    fit(alone)
+    assert_target(model, callback)
+    assert_same(callback.masks, alone.masks)
 
 
 def test_a_shared_weight_is_pruned_once_and_both_modules_know_its_layout() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 from trainings import (
     FOREIGN,
@@ -116,6 +116,17 @@ def test_a_fit_of_another_model_starts_anew() -> None:
     assert dense[0]
     assert_target(second, callback)
     assert layout_of(first.net[0]) is not layout_of(second.net[0])
+
+
+def test_a_learning_rate_finder_does_not_carry_masks_over_to_another_model(tmp_path: Path) -> None:
+    callback, finder = pruning_of(), LearningRateFinder(num_training_steps=5, update_attr=False)
+    fit(callback)
+    other = Tiny()
+    nn.init.normal_(other.net[0].weight)
+    alone = pruning_of()
+    fit(alone, model=copy.deepcopy(other))
+    fit(callback, finder, model=other, default_root_dir=tmp_path)
+    assert_same(callback.masks, alone.masks)
 
 
 def test_a_layer_that_was_replaced_between_two_fits_is_pruned_anew() -> None:

@@ -43,13 +43,12 @@ class Deposit(Callback):
             "orders": {name: layout.output_order for name, layout in self.callback.layouts.items()},
             "indices": {name: layout.vector_index for name, layout in self.callback.layouts.items()},
             "weights": dict(pl_module.state_dict()),
-            "said": len(self.callback.report.layers),
         }
         torch.save(left, self.folder / f"{trainer.global_rank}.pt")
 
 
 @pytest.mark.filterwarnings("ignore")  # of two spawned processes
-def test_two_processes_prune_as_one_and_agree_in_everything(tmp_path: Path) -> None:
+def test_two_processes_agree_on_every_mask_layout_and_weight(tmp_path: Path) -> None:
     def callbacks() -> tuple[Callback, ...]:
         callback = pruning_of(method="exchange", saliency_steps=3)
         return callback, Deposit(callback, tmp_path)
