@@ -271,10 +271,9 @@ class HiNMPruning(Callback):
         return dump_state(self._state, self.schedule) if self._state.targets else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = read_state(state_dict, self.schedule)
         # `trainer.test(ckpt_path="best")` loads callbacks too, but must not turn a training back.
         if self._stage in (None, "fit"):
-            self._state, self._restored = state, True
+            self._state, self._restored = read_state(state_dict, self.schedule), True
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_model", "_layers", "_hooks")}
@@ -352,7 +351,7 @@ class HiNMPruning(Callback):
             record_(state, layer, due[layer.name], found[layer.name])
         if found:
             kept, total = sum(one.kept for one in found.values()), sum(one.total for one in found.values())
-            state.retained *= kept / total if total else 1.0
+            state.retained *= min(kept / total, 1.0) if total else 1.0
             self._measure()
             self._changed = True
             rank_zero_info(

@@ -96,13 +96,20 @@ def test_a_second_fit_of_the_same_model_keeps_its_masks() -> None:
     assert_target(model, callback)
 
 
-def test_rewound_weights_of_the_same_model_are_masked_from_the_start() -> None:
-    callback, model = pruning_of(), Tiny()
+def test_rewound_weights_of_the_same_model_and_their_average_are_masked_from_the_start() -> None:
+    class Start(Callback):
+        sparsities: tuple[float, ...] = ()
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            averaged = average._average_model.module.net[0].weight
+            self.sparsities = self.sparsities or (sparsity_of(pl_module.net[0].weight), sparsity_of(averaged))
+
+    callback, model, average, start = pruning_of(), Tiny(), EMAWeightAveraging(), Start()
     fit(callback, model=model)
-    masks, sparsities = callback.masks, []
+    masks = callback.masks
     model.load_state_dict(Tiny().state_dict())  # a lottery ticket
-    fit(Watch(lambda trainer, model: sparsities.append(sparsity_of(model.net[0].weight))), callback, model=model)
-    assert sparsities[0] == 0.75
+    fit(start, callback, average, model=model)
+    assert start.sparsities == (0.75, 0.75)
     assert_same(masks, callback.masks)
 
 
