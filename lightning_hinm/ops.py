@@ -50,14 +50,14 @@ def _linear(
     """``F.linear(x, unpack(packed), bias)``: ``[..., I]`` -> ``[..., O]``."""
     _check_linear(x, values, expansion, in_features)
     tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
-    columns, restore = _columns_of_x(vector_index, in_features), inverse(output_order.to(torch.int64))
+    columns, restore = _columns_of_x(vector_index, in_features, m), inverse(output_order.to(torch.int64))
     tokens = x.reshape(-1, in_features)  # [N, I]
     out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
-    scratch = _Scratch(x)
     step = _tokens_at_once(tiles, tokens.shape[0])
+    scratch = _Scratch(x, reused=tokens.shape[0] > step)
     for first in range(0, tokens.shape[0], step):
-        block = tokens[first : first + step].t()
-        block = scratch.empty("block", *block.shape).copy_(block)  # [I, step]: a column is one run of memory
+        block = tokens[first : first + step].t()  # [I, step], next made so that a column is one run of memory
+        block = torch.clone(block, memory_format=torch.contiguous_format)
         _write(_product(tiles, block, columns, restore, scratch).t(), bias, out[first : first + step])
     return out.reshape(*x.shape[:-1], restore.shape[0])
 
@@ -88,7 +88,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
         gathered = _transposed_product(tiles, rows.t().unsqueeze(0), output_order)  # [1, T * P, N]
-        columns = _columns_of_x(vector_index, in_features)
+        columns = _columns_of_x(vector_index, in_features, m)
         grad_x = grad.new_zeros(in_features, rows.shape[0]).index_add(0, columns, gathered[0]).t()
         grad_x = grad_x.reshape(*grad.shape[:-1], in_features)
     if ctx.needs_input_grad[5]:
@@ -123,14 +123,14 @@ def _conv2d(
     padding, dilation = (padding_height, padding_width), (dilation_height, dilation_width)
     height, width = _check_conv2d(x, values, expansion, in_channels, kernel, stride, padding, dilation)
     tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
-    columns = _columns_of_x(vector_index, in_channels // groups * kernel_height * kernel_width, groups)
+    columns = _columns_of_x(vector_index, in_channels // groups * kernel_height * kernel_width, m, groups)
     restore = inverse(output_order.to(torch.int64))
     images = x.reshape(-1, *x.shape[-3:])
     pixels = height * width
     out = x.new_empty(images.shape[0], restore.shape[0], pixels)  # [B, O, L]
     bias = None if bias is None else bias[:, None]
-    scratch = _Scratch(x)
     step = _tokens_at_once(tiles, images.shape[0] * pixels)
+    scratch = _Scratch(x, reused=images.shape[0] * pixels > step)
     images_step, pixels_step = max(step // pixels, 1), min(step, pixels)
     for first in range(0, images.shape[0], images_step):
         image = _unfold(images[first : first + images_step], kernel, stride, padding, dilation)  # [b, G * I, L]
@@ -179,7 +179,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
         gathered = _transposed_product(tiles, images, output_order)  # [B, T * P, L]
-        columns = _columns_of_x(vector_index, in_channels // groups * kh * kw, groups)
+        columns = _columns_of_x(vector_index, in_channels // groups * kh * kw, m, groups)
         unfolded = grad.new_zeros(images.shape[0], in_channels * kh * kw, images.shape[2])
         unfolded = unfolded.index_add(1, columns, gathered)
         size = ctx.x_shape[-2:]
@@ -192,11 +192,14 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 class _Scratch:
     """Memory for the intermediate results of one call, used again by each block: fresh pages cost as much as work."""
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
+    def __init__(self, like: Tensor, *, reused: bool) -> None:
+        self._like, self._reused = like, reused
         self._flat: dict[str, Tensor] = {}
 
-    def empty(self, name: str, *shape: int) -> Tensor:
+    def empty(self, name: str, *shape: int) -> Tensor | None:
+        """For ``out=``; None, which lets the callee allocate, where there is but one block."""
+        if not self._reused:
+            return None
         count = math.prod(shape)
         if name not in self._flat:  # the first block is the largest
             self._flat[name] = self._like.new_empty(count)
@@ -233,12 +236,14 @@ def _write(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.add(product, bias, out=out)
 
 
-def _columns_of_x(vector_index: Tensor, in_features: int, groups: int = 1) -> Tensor:
+def _columns_of_x(vector_index: Tensor, in_features: int, m: int, groups: int = 1) -> Tensor:
     """The column of ``x`` that each kept vector multiplies: int64 ``[T * P]``.
 
     The values of virtual columns are zero, so any real column may stand for them.
     """
-    columns = vector_index.to(torch.int64).clamp(max=in_features - 1)
+    columns = vector_index.to(torch.int64)
+    if in_features % m:
+        columns = columns.clamp(max=in_features - 1)
     if groups > 1:
         group = torch.arange(groups, device=columns.device).repeat_interleave(columns.shape[0] // groups)
         columns = columns + in_features * group.unsqueeze(1)
