@@ -26,6 +26,7 @@ from lightning_hinm.callback import Choice, HiNMPruning, update
 from lightning_hinm.callback.state import fresh_state
 from lightning_hinm.callback.update import gather_taylor_, saliency_of, search_layers, settle_saliency_
 from lightning_hinm.layout import HiNMLayout
+from lightning_hinm.mask import retained
 from lightning_hinm.prune import PrunableLayer, find_layers
 
 pytestmark = FOREIGN
@@ -125,6 +126,14 @@ def test_a_step_with_a_non_finite_gradient_is_not_summed() -> None:
     gather_taylor_(callback._state, layers, optimizer)
     assert callback._state.steps == {"net.0": 1, "net.2": 1}
     assert torch.equal(callback._state.sums["net.0"], model.net[0].weight.detach().abs())
+
+
+def test_the_retained_saliency_of_several_updates_is_that_of_the_last_mask() -> None:
+    given = {"net.0": torch.rand(24, 16), "net.2": torch.rand(10, 24)}
+    callback = pruning_of(saliency=given)
+    fit(callback)
+    for entry in callback.report.pruned:
+        assert entry.retained == pytest.approx(retained(given[entry.name], callback.masks[entry.name]))
 
 
 def test_a_long_search_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
