@@ -37,6 +37,7 @@ from recipes.resnet import MNIST5k, ResNetClassifier
 
 log = logging.getLogger("demo")
 
+SALIENCY_STEPS = 10  # few, because they are taken from a short training
 TOLERANCE = 1e-5  # relative difference allowed between the compiled and the masked dense output, fp32
 
 
@@ -57,15 +58,17 @@ class Task:
 
 TASKS = {
     "minilm": Task(
-        data=lambda seed, part: RottenTomatoes(train_samples=(3200, 1920)[part], val_samples=1500, seed=seed),
+        data=lambda seed, part: RottenTomatoes(
+            (3200, 2560)[part], val_samples=1500, batch_size=(32, 16)[part], seed=seed
+        ),
         model=MiniLMClassifier,
         pattern=HiNMPattern.from_sparsity(0.75, vector_size=64),
         dense_epochs=1,
-        dense_rate=1e-4,
+        dense_rate=2e-4,
         sparse_epochs=1,
-        sparse_rate=1e-4,
+        sparse_rate=2e-4,
         precision="bf16-mixed",
-        budget=40.0,
+        budget=30.0,
     ),
     "resnet": Task(
         data=lambda seed, part: MNIST5k(seed=seed),
@@ -137,14 +140,14 @@ class StraightAfterPruning(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         if self.accuracy is None and self.pruning.masks:
-            self.accuracy = accuracy(pl_module.net, trainer.datamodule.val_dataloader())
+            self.accuracy = accuracy(pl_module.net, trainer.datamodule.val_dataloader(), trainer.precision)
 
 
-def accuracy(net: nn.Module, batches: Any) -> float:
+def accuracy(net: nn.Module, batches: Any, precision: str) -> float:
     """Fraction of the samples whose largest logit is the label's; the network comes back in the mode it was in."""
     training = net.training
     net.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
         right = [(net(inputs).argmax(dim=1) == labels).float() for inputs, labels in batches]
     net.train(training)
     return torch.cat(right).mean().item()
@@ -178,7 +181,7 @@ def run(name: str, seed: int) -> list[Row]:
     fit(task, dense, data, task.dense_epochs, "dense", [])
     weights = copy.deepcopy(dense.state_dict())
     batches = data.val_dataloader()
-    dense_accuracy = accuracy(dense.net, batches)
+    dense_accuracy = accuracy(dense.net, batches, task.precision)
     inputs = next(iter(batches))[0][:16]
     log.info("dense: accuracy %.4f", dense_accuracy)
     rows = [Row("dense", None, dense_accuracy, None, None, None, dense_bytes(dense.net), None, None, None)]
@@ -213,7 +216,7 @@ def run_variant(
     fit(task, model, data, task.sparse_epochs, title, [pruning, after])
     net = model.net.eval()
     report = pruning.report.pruned
-    final = accuracy(net, data.val_dataloader())
+    final = accuracy(net, data.val_dataloader(), task.precision)
     numbers = {
         "variant": title,
         "accuracy_pruned": after.accuracy,
@@ -237,9 +240,6 @@ def run_variant(
         equal = all((output - wanted).norm() <= TOLERANCE * wanted.norm() for output in outputs)
         dense_ms, compiled_ms = alternate(lambda: reference(inputs), lambda: compiled(inputs), seconds=4.0)
     return Row(**numbers, file_bytes=size, dense_ms=dense_ms * 1e3, compiled_ms=compiled_ms * 1e3, equal=equal)
-
-
-SALIENCY_STEPS = 20
 
 
 def dense_bytes(net: nn.Module) -> int:
