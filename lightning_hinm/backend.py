@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_hinm.format import expand
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.modules import HiNMLayer, pack_layer, pack_weight
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
@@ -144,7 +143,7 @@ def repack(model: nn.Module) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules():
             if isinstance(module, HiNMLayer):
-                module.expansion.copy_(expand(module.packed))
+                module.repack(module.packed)
 
 
 def _read_options(options: Mapping[str, Any]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ column, on every device: sorts are stable.
 import torch
 from torch import Tensor
 
-from lightning_hinm.layout import HiNMLayout, inverse
+from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.pattern import HiNMPattern
 
 BLOCK = 1 << 24  # elements that one step gathers at most: memory stays linear in the matrix with a small constant

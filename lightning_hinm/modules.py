@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hinm.format import HiNMWeight, check_packed, expand, pack, unpack
+from lightning_hinm.format import HiNMWeight, check_packed, pack, unpack
 from lightning_hinm.layout import HiNMLayout
-from lightning_hinm.ops import hinm_conv2d, hinm_linear
+from lightning_hinm.ops import expand_all, hinm_conv2d, hinm_linear
 from lightning_hinm.pattern import from_matrix, layer_kind
 from lightning_hinm.plan import ModelPlan, decide, workload_of
 from lightning_hinm.prune import layout_of
@@ -23,6 +23,7 @@ from lightning_hinm.prune import layout_of
 log = logging.getLogger(__name__)
 
 PACKED_TENSORS = ("values", "metadata", "vector_index", "output_order")
+EXPANDED_TENSORS = ("expansion", "columns", "restore")
 # What a forward or state-dict call of the dense layer would have run; the swapped layer runs it too.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -31,9 +32,10 @@ HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_fo
 class HiNMLayer(nn.Module):
     """A packed weight as four buffers, and its bias.
 
-    ``expansion`` (``[T, V, P]``, the kept vectors, dense inside each tile) is what the op multiplies by. It is made
-    with the layer, again whenever a ``state_dict`` is loaded, follows ``.to()``, and is never saved. Made at the first
-    call instead, it would be a side effect that ``torch.compile`` and ``torch.export`` have to trace.
+    ``expansion`` (``[T, V, P]``, the kept vectors, dense inside each tile), ``columns`` and ``restore`` are the same,
+    decoded for the op. They are made with the layer, again whenever a ``state_dict`` is loaded, follow ``.to()``, and
+    are never saved. Made at the first call instead, they would be a side effect that ``torch.compile`` and
+    ``torch.export`` have to trace.
 
     Args:
         packed: the packed weight.
@@ -50,6 +52,8 @@ class HiNMLayer(nn.Module):
     vector_index: Tensor
     output_order: Tensor
     expansion: Tensor
+    columns: Tensor
+    restore: Tensor
 
     def __init__(self, packed: HiNMWeight, bias: nn.Parameter | None, *, kind: str, groups: int = 1) -> None:
         super().__init__()
@@ -59,7 +63,8 @@ class HiNMLayer(nn.Module):
             check_packed(packed, type(self).__name__, groups=groups)
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
-        self.register_buffer("expansion", expand(packed), persistent=False)
+        for name, tensor in expand_all(packed, groups=groups).items():
+            self.register_buffer(name, tensor, persistent=False)
         self.register_parameter("bias", bias)
 
     @property
@@ -67,6 +72,11 @@ class HiNMLayer(nn.Module):
         """The packed weight; its tensors are the layer's own buffers."""
         tensors = {name: self._buffers[name] for name in PACKED_TENSORS}
         return HiNMWeight(**tensors, shape=self.shape, pattern=self.pattern)  # type: ignore[arg-type]
+
+    @property
+    def expanded(self) -> dict[str, Tensor]:
+        """What was decoded for the op; the layer's own buffers."""
+        return {name: getattr(self, name) for name in EXPANDED_TENSORS}
 
     @property
     def weight(self) -> Tensor:
@@ -80,7 +90,8 @@ class HiNMLayer(nn.Module):
         """Takes another weight of the same shape and pattern, in place, so that compiled graphs see it."""
         for name, tensor in packed.tensors.items():
             self._buffers[name].copy_(tensor)  # type: ignore[union-attr]
-        self.expansion.copy_(expand(self.packed))
+        for name, tensor in expand_all(self.packed, groups=self.groups).items():
+            self._buffers[name].copy_(tensor)  # type: ignore[union-attr]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         *_, error_msgs = args
@@ -95,7 +106,8 @@ class HiNMLayer(nn.Module):
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
         with torch.inference_mode(False), torch.no_grad():
-            self.expansion = expand(self.packed)
+            for name, tensor in expand_all(self.packed, groups=self.groups).items():
+                setattr(self, name, tensor)
 
     def _pattern_repr(self) -> str:
         pattern = self.pattern
@@ -132,6 +144,8 @@ class HiNMLinear(HiNMLayer):
             self.output_order,
             self.bias,
             self.expansion,
+            self.columns,
+            self.restore,
             self.in_features,
             pattern.vector_size,
             pattern.n,
@@ -203,6 +217,8 @@ class HiNMConv2d(HiNMLayer):
             self.output_order,
             self.bias,
             self.expansion,
+            self.columns,
+            self.restore,
             *self.geometry(tuple(before for before, _ in pads)),
         )
         return out.squeeze(-2) if flat else out

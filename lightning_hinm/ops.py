@@ -21,9 +21,14 @@ from lightning_hinm.pattern import HiNMPattern
 # Numbers that the CPU gathers at a time, 2 MiB in float32: they stay in the caches, and the allocator keeps the memory.
 # On 2 cores with 1 MiB of L2 each, half of it and twice as much were both slower, and all at once slower than dense.
 BLOCK_NUMBERS = 1 << 19
+# Up to here a transpose of the input costs more than gathering its columns one number at a time.
+FEW_TOKENS = 8
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
-_PACKED = "Tensor values, Tensor metadata, Tensor vector_index, Tensor output_order, Tensor? bias, Tensor? expansion"
+_PACKED = (
+    "Tensor values, Tensor metadata, Tensor vector_index, Tensor output_order, Tensor? bias, Tensor? expansion, "
+    "Tensor? columns, Tensor? restore"
+)
 _PATTERN = "int vector_size, int n, int m"
 # Both kernels take an input of any strides and return a contiguous tensor of its own.
 _LIBRARY.define(f"linear(Tensor x, {_PACKED}, int in_features, {_PATTERN}) -> Tensor")
@@ -42,6 +47,8 @@ def _linear(
     output_order: Tensor,
     bias: Tensor | None,
     expansion: Tensor | None,
+    columns: Tensor | None,
+    restore: Tensor | None,
     in_features: int,
     vector_size: int,
     n: int,
@@ -50,9 +57,13 @@ def _linear(
     """``F.linear(x, unpack(packed), bias)``: ``[..., I]`` -> ``[..., O]``."""
     _check_linear(x, values, expansion, in_features)
     tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
-    columns, restore = _columns_of_x(vector_index, in_features, m), inverse(output_order.to(torch.int64))
+    columns = _columns_of_x(vector_index, in_features, m) if columns is None else columns
+    restore = _restore(output_order) if restore is None else restore
     tokens = x.reshape(-1, in_features)  # [N, I]
     out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
+    if x.device.type == "cpu" and tokens.shape[0] <= FEW_TOKENS:
+        _write(_product_of_few(tiles, tokens, columns, restore), bias, out)
+        return out.reshape(*x.shape[:-1], restore.shape[0])
     step = _tokens_at_once(tiles, tokens.shape[0])
     scratch = _Scratch(x, reused=tokens.shape[0] > step)
     for first in range(0, tokens.shape[0], step):
@@ -70,6 +81,8 @@ def _linear_fake(
     output_order: Tensor,
     bias: Tensor | None,
     expansion: Tensor | None,
+    columns: Tensor | None,
+    restore: Tensor | None,
     in_features: int,
     vector_size: int,
     n: int,
@@ -93,7 +106,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_x.reshape(*grad.shape[:-1], in_features)
     if ctx.needs_input_grad[5]:
         grad_bias = rows.sum(dim=0)
-    return grad_x, None, None, None, None, grad_bias, None, None, None, None, None
+    return grad_x, *[None] * 4, grad_bias, *[None] * 7
 
 
 def _conv2d(
@@ -104,6 +117,8 @@ def _conv2d(
     output_order: Tensor,
     bias: Tensor | None,
     expansion: Tensor | None,
+    columns: Tensor | None,
+    restore: Tensor | None,
     in_channels: int,
     kernel_height: int,
     kernel_width: int,
@@ -123,8 +138,9 @@ def _conv2d(
     padding, dilation = (padding_height, padding_width), (dilation_height, dilation_width)
     height, width = _check_conv2d(x, values, expansion, in_channels, kernel, stride, padding, dilation)
     tiles = _expansion(values, metadata, vector_index, output_order, expansion, vector_size, n, m)
-    columns = _columns_of_x(vector_index, in_channels // groups * kernel_height * kernel_width, m, groups)
-    restore = inverse(output_order.to(torch.int64))
+    if columns is None:
+        columns = _columns_of_x(vector_index, in_channels // groups * kernel_height * kernel_width, m, groups)
+    restore = _restore(output_order) if restore is None else restore
     images = x.reshape(-1, *x.shape[-3:])
     pixels = height * width
     out = x.new_empty(images.shape[0], restore.shape[0], pixels)  # [B, O, L]
@@ -150,6 +166,8 @@ def _conv2d_fake(
     output_order: Tensor,
     bias: Tensor | None,
     expansion: Tensor | None,
+    columns: Tensor | None,
+    restore: Tensor | None,
     in_channels: int,
     kernel_height: int,
     kernel_width: int,
@@ -186,7 +204,7 @@ def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = F.fold(unfolded, size, (kh, kw), (dh, dw), (ph, pw), (sh, sw)).reshape(ctx.x_shape)
     if ctx.needs_input_grad[5]:
         grad_bias = images.sum(dim=(0, 2))
-    return grad_x, None, None, None, None, grad_bias, *[None] * 14
+    return grad_x, None, None, None, None, grad_bias, *[None] * 16
 
 
 class _Scratch:
@@ -210,8 +228,8 @@ def _tokens_at_once(tiles: Tensor, tokens: int) -> int:
     """Columns of the product that are computed together."""
     if tiles.device.type != "cpu":
         return max(tokens, 1)
-    # At least V, since a product of [V, P] and [P, N] has to lay out [V, P] first, and 64 against the calls themselves.
-    return max(BLOCK_NUMBERS // (tiles.shape[0] * tiles.shape[2]), tiles.shape[1], 64)
+    # At least V, since a product of [V, P] and [P, N] has to lay out [V, P] first; 128 against the calls.
+    return max(BLOCK_NUMBERS // (tiles.shape[0] * tiles.shape[2]), tiles.shape[1], 128)
 
 
 def _product(tiles: Tensor, columns: Tensor, kept: Tensor, restore: Tensor, scratch: _Scratch) -> Tensor:
@@ -220,6 +238,13 @@ def _product(tiles: Tensor, columns: Tensor, kept: Tensor, restore: Tensor, scra
     gathered = torch.index_select(columns, 0, kept, out=scratch.empty("gathered", count * p, n))
     product = torch.bmm(tiles, gathered.view(count, p, n), out=scratch.empty("product", count, v, n))
     return torch.index_select(product.flatten(0, 1), 0, restore, out=scratch.empty("ordered", restore.shape[0], n))
+
+
+def _product_of_few(tiles: Tensor, tokens: Tensor, kept: Tensor, restore: Tensor) -> Tensor:
+    """The same from ``[N, I]`` to ``[N, O]``: no transpose, and a product that reads the tiles as they lie."""
+    gathered = tokens.index_select(1, kept).unflatten(1, (tiles.shape[0], tiles.shape[2])).transpose(0, 1)  # [T, N, P]
+    product = torch.bmm(gathered, tiles.transpose(1, 2))  # [T, N, V]
+    return product.transpose(0, 1).flatten(1).index_select(1, restore)
 
 
 def _transposed_product(tiles: Tensor, grad: Tensor, output_order: Tensor) -> Tensor:
@@ -234,6 +259,24 @@ def _write(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
         out.copy_(product)
     else:
         torch.add(product, bias, out=out)
+
+
+def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor]:
+    """What the ops need of a packed weight, decoded: cached by the layers, and passed as arguments.
+
+    Returns:
+        ``expansion``, ``[T, V, P]``; ``columns``, int32 ``[T * P]``, the column of ``x`` that each kept vector
+        multiplies; ``restore``, int32 ``[O]``, the row of the product that each output channel is.
+    """
+    in_features = math.prod(packed.shape[1:])
+    columns = _columns_of_x(packed.vector_index, in_features, packed.pattern.m, groups)
+    restore = _restore(packed.output_order)
+    return {"expansion": expand(packed), "columns": columns.to(torch.int32), "restore": restore.to(torch.int32)}
+
+
+def _restore(output_order: Tensor) -> Tensor:
+    """The row of the product that each output channel is: int64 ``[O]``."""
+    return inverse(output_order.to(torch.int64))
 
 
 def _columns_of_x(vector_index: Tensor, in_features: int, m: int, groups: int = 1) -> Tensor:
@@ -328,7 +371,7 @@ def _check_kind(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, metadata, vector_index, output_order, _, expansion, *geometry = inputs
+    x, values, metadata, vector_index, output_order, _, expansion, _, _, *geometry = inputs
     ctx.save_for_backward(values, metadata, vector_index, output_order, expansion)
     ctx.geometry, ctx.x_shape = geometry, x.shape
 
@@ -344,7 +387,7 @@ def _autocast(op: Any, device: str) -> Any:
         output_order: Tensor,
         bias: Tensor | None,
         expansion: Tensor | None,
-        *geometry: int,
+        *indices_and_geometry: Any,
     ) -> Tensor:
         lower = torch.get_autocast_dtype(device)
 
@@ -360,7 +403,7 @@ def _autocast(op: Any, device: str) -> Any:
                 output_order,
                 cast(bias),
                 cast(expansion),
-                *geometry,
+                *indices_and_geometry,
             )
 
     return cast_and_call

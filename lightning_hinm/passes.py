@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
+from lightning_hinm.modules import EXPANDED_TENSORS, PACKED_TENSORS, HiNMLayer
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ def sparsify_layers_pass(gm: fx.GraphModule, layers: Mapping[str, HiNMLayer]) ->
 
     After::
 
-        %values, %metadata, %vector_index, %output_order, %expansion = get_attr of buffers of the graph module
-        %y = hinm.linear(%x, %values, %metadata, %vector_index, %output_order, %bias, %expansion, in_features, V, n, m)
+        %values, %metadata, ..., %restore = get_attr of buffers of the graph module
+        %y = hinm.linear(%x, %values, %metadata, ..., %bias, %expansion, %columns, %restore, in_features, V, n, m)
 
     Equal, because the op is defined as ``F.linear(x, unpack(packed), bias)`` and ``unpack(pack(weight)) == weight``,
     for which the caller vouches at every call of the graph. Convolutions likewise; a Conv1d runs as a Conv2d over
@@ -116,7 +116,7 @@ def _lift_buffers(gm: fx.GraphModule, weight: fx.Node, layer: HiNMLayer) -> dict
     """Nodes of the layer's buffers, after the last placeholder."""
     nodes = {}
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-    for name in (*PACKED_TENSORS, "expansion"):
+    for name in (*PACKED_TENSORS, *EXPANDED_TENSORS):
         attribute = f"hinm_{weight.name}_{name}"
         gm.register_buffer(attribute, getattr(layer, name), persistent=False)
         sources = getattr(gm, "_param_name_to_source", None)
@@ -135,7 +135,7 @@ def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mappin
     _, names = _TARGETS[call.node.target]
     given = dict(zip(names, call.node.args, strict=False)) | dict(call.node.kwargs)
     x, bias = (given["mat1"], given["input"]) if call.kind == "hf_conv1d" else (given["input"], given.get("bias"))
-    packed = (*(buffers[name] for name in PACKED_TENSORS), bias, buffers["expansion"])
+    packed = [buffers[name] for name in PACKED_TENSORS] + [bias] + [buffers[name] for name in EXPANDED_TENSORS]
     pattern = layer.pattern
     if call.kind in ("linear", "hf_conv1d"):
         numbers = (layer.shape[1], pattern.vector_size, pattern.n, pattern.m)

@@ -91,7 +91,7 @@ def test_explain_lists_every_layer_with_path_reason_bytes_and_times(
     linear, head = plan.layers[1], plan.layers[3]
     assert (linear.shape, linear.pattern, linear.dense_bytes) == ((32, 16), PATTERN, 32 * 16 * 4)
     packed = to_hinm(net).linear
-    assert linear.bytes == packed.packed.nbytes + packed.expansion.nbytes
+    assert linear.bytes == packed.packed.nbytes + sum(tensor.nbytes for tensor in packed.expanded.values())
     assert (linear.predicted_seconds, linear.measured_seconds) == (0.5, None)
     assert "sparse 500.000 ms, dense 1000.000 ms on 128x16" in linear.reason
     assert (head.reason, head.bytes, head.predicted_seconds) == ("no layout", head.dense_bytes, None)
