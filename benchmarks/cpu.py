@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack
-from lightning_hinm.format import expand
 from lightning_hinm.mask import choose_vectors
+from lightning_hinm.ops import expand_all
 
 SHAPES = [(3072, 768), (768, 3072)]
 # tokens, vector size, sparsity, and the ratio that the project promises for it
@@ -68,7 +68,7 @@ def linear_row(shape: tuple[int, int], case: tuple[Any, ...], clock: Callable[[]
     for name, shuffled in (("identity", False), ("random", True)):
         weight, layout = masked_weight(*shape, pattern, shuffled=shuffled)
         packed = pack(weight, layout)
-        args = (*packed.tensors.values(), bias, expand(packed), shape[1], v, pattern.n, pattern.m)
+        args = (*packed.tensors.values(), bias, *expand_all(packed).values(), shape[1], v, pattern.n, pattern.m)
         calls = [lambda w=weight: F.linear(x, w, bias), lambda a=args: torch.ops.hinm.linear(x, *a)]
         row |= compare(name, calls, clock, seconds)
     return row
@@ -85,7 +85,7 @@ def conv_row(case: tuple[int, ...], clock: Callable[[], float], seconds: float) 
         weight = weight.reshape(rows, channels, kernel, kernel)
         packed = pack(weight, layout)
         numbers = (channels, kernel, kernel, 1, 1, padding, padding, 1, 1, 1, 64, pattern.n, pattern.m)
-        args = (*packed.tensors.values(), bias, expand(packed), *numbers)
+        args = (*packed.tensors.values(), bias, *expand_all(packed).values(), *numbers)
         calls = [lambda w=weight: F.conv2d(x, w, bias, 1, padding), lambda a=args: torch.ops.hinm.conv2d(x, *a)]
         row |= compare(name, calls, clock, seconds)
     return row

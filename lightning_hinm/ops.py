@@ -21,8 +21,8 @@ from lightning_hinm.pattern import HiNMPattern
 # Numbers that the CPU gathers at a time, 2 MiB in float32: they stay in the caches, and the allocator keeps the memory.
 # On 2 cores with 1 MiB of L2 each, half of it and twice as much were both slower, and all at once slower than dense.
 BLOCK_NUMBERS = 1 << 19
-# Up to here a transpose of the input costs more than gathering its columns one number at a time.
-FEW_TOKENS = 8
+# A number that is transposed, or a run that is gathered, costs about five numbers that are gathered one at a time.
+GATHERS = 5
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
 _PACKED = (
@@ -61,14 +61,13 @@ def _linear(
     restore = _restore(output_order) if restore is None else restore
     tokens = x.reshape(-1, in_features)  # [N, I]
     out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
-    if x.device.type == "cpu" and tokens.shape[0] <= FEW_TOKENS:
+    if x.device.type == "cpu" and tokens.shape[0] * columns.numel() <= GATHERS * (tokens.numel() + columns.numel()):
         _write(_product_of_few(tiles, tokens, columns, restore), bias, out)
         return out.reshape(*x.shape[:-1], restore.shape[0])
     step = _tokens_at_once(tiles, tokens.shape[0])
     scratch = _Scratch(x, reused=tokens.shape[0] > step)
     for first in range(0, tokens.shape[0], step):
-        block = tokens[first : first + step].t()  # [I, step], next made so that a column is one run of memory
-        block = torch.clone(block, memory_format=torch.contiguous_format)
+        block = _transpose(tokens[first : first + step], scratch)
         _write(_product(tiles, block, columns, restore, scratch).t(), bias, out[first : first + step])
     return out.reshape(*x.shape[:-1], restore.shape[0])
 
@@ -230,6 +229,12 @@ def _tokens_at_once(tiles: Tensor, tokens: int) -> int:
         return max(tokens, 1)
     # At least V, since a product of [V, P] and [P, N] has to lay out [V, P] first; 128 against the calls.
     return max(BLOCK_NUMBERS // (tiles.shape[0] * tiles.shape[2]), tiles.shape[1], 128)
+
+
+def _transpose(tokens: Tensor, scratch: _Scratch) -> Tensor:
+    """``[N, I]`` -> ``[I, N]``: a column becomes one run of memory."""
+    out = scratch.empty("block", tokens.shape[1], tokens.shape[0])
+    return tokens.t().contiguous() if out is None else out.copy_(tokens.t())
 
 
 def _product(tiles: Tensor, columns: Tensor, kept: Tensor, restore: Tensor, scratch: _Scratch) -> Tensor:
