@@ -336,18 +336,20 @@ def main() -> int:
     lightning.addFilter(lambda record: record.getMessage().startswith("HiNMPruning"))
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    start = time.monotonic()
-    runs = [run(arguments.task, seed) for seed in range(arguments.seeds)]
+    start, runs = time.monotonic(), []
     arguments.out.mkdir(parents=True, exist_ok=True)
-    data = {
-        "task": arguments.task,
-        "pattern": TASKS[arguments.task].pattern.to_dict(),
-        "seconds": round(time.monotonic() - start, 1),
-        **provenance(),
-        "seeds": [[asdict(row) for row in rows] for rows in runs],
-    }
-    (arguments.out / f"{arguments.task}.json").write_text(json.dumps(data, indent=1) + "\n")
-    plot(arguments.task, runs, arguments.out / f"{arguments.task}.png")
+    for seed in range(arguments.seeds):
+        runs.append(run(arguments.task, seed))
+        # after every seed: a run that is cut short has shown what it found
+        data = {
+            "task": arguments.task,
+            "pattern": TASKS[arguments.task].pattern.to_dict(),
+            "seconds": round(time.monotonic() - start, 1),
+            **provenance(),
+            "seeds": [[asdict(row) for row in rows] for rows in runs],
+        }
+        (arguments.out / f"{arguments.task}.json").write_text(json.dumps(data, indent=1) + "\n")
+        plot(arguments.task, runs, arguments.out / f"{arguments.task}.png")
     print(table(runs))
     print(f"\nwritten: {arguments.out}/{arguments.task}.json and .png, in {data['seconds']:.0f} s")
     return 0 if all(row.equal is not False for rows in runs for row in rows) else 1

@@ -321,7 +321,7 @@ def to_hinm(model: nn.Module, *, plan: str | ModelPlan = "sparse", inplace: bool
         layer = pack_layer(module, packed=packed[id(module.weight)])
         if not inplace:
             layer.bias = copy.deepcopy(layer.bias, memo)
-        _take_hooks(layer, module)
+        take_hooks(layer, module)
         memo[id(module)] = layer
         if inplace:
             for parent, attribute in places.get(id(module), ()):
@@ -330,7 +330,7 @@ def to_hinm(model: nn.Module, *, plan: str | ModelPlan = "sparse", inplace: bool
                 return layer
     if not inplace:
         model = copy.deepcopy(model, memo)
-    _leave_fast_path(model)
+    leave_fast_path(model)
     return model
 
 
@@ -386,13 +386,13 @@ def _pack_all(layers: Mapping[str, nn.Module]) -> dict[int, HiNMWeight]:
     return packed
 
 
-def _take_hooks(layer: nn.Module, dense: nn.Module) -> None:
+def take_hooks(layer: nn.Module, dense: nn.Module) -> None:
     for name in (*HOOKS, *HOOK_FLAGS):
         getattr(layer, name).update(getattr(dense, name))
     layer._is_full_backward_hook = dense._is_full_backward_hook
 
 
-def _leave_fast_path(model: nn.Module) -> None:
+def leave_fast_path(model: nn.Module) -> None:
     """Keeps ``nn.TransformerEncoderLayer`` from its fused kernel, which would read the dense weights of its layers.
 
     Only on the instances that hold a packed layer, by the attributes that their own ``forward`` asks.

@@ -142,6 +142,15 @@ def exact(x: float | Fraction) -> Fraction:
     return Fraction(str(x))
 
 
+def plain_name(name: str) -> str:
+    """The name without what ``torch.compile`` puts into it.
+
+    >>> plain_name("net._orig_mod.0.weight")
+    'net.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The prunable layers of a model by name; ``torch.compile`` inside the model leaves no trace in the names.
 
@@ -149,11 +158,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     >>> list(named_layers(nn.Sequential(nn.ReLU(), torch.compile(nn.Sequential(nn.Linear(4, 4))))))
     ['1.0']
     """
-    return {
-        ".".join(part for part in path.split(".") if part != "_orig_mod"): module
-        for path, module in model.named_modules()
-        if layer_kind(module) is not None
-    }
+    return {plain_name(path): module for path, module in model.named_modules() if layer_kind(module) is not None}
 
 
 def layer_kind(module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_hinm.format import HiNMWeight, pack
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
-from lightning_hinm.pattern import HiNMPattern, layer_kind
+from lightning_hinm.pattern import HiNMPattern, layer_kind, plain_name
 from lightning_hinm.prune import PrunableLayer, layout_of
 
 # What a layer is timed on when no input is known: one short batch of tokens, or one small image.
@@ -123,7 +123,7 @@ def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
     for path, module in model.named_modules():
         kind = layer_kind(module) or (module.kind if _packed_of(module) else None)
         if kind is not None:
-            layers[".".join(part for part in path.split(".") if part != "_orig_mod")] = (str(kind), module)
+            layers[plain_name(path)] = (str(kind), module)
     seen: dict[nn.Module, tuple[tuple[int, ...], float]] = {}
     if inputs or named_inputs:
         seen = _time_layers(model, [module for _, module in layers.values()], inputs, named_inputs)
@@ -138,7 +138,7 @@ def _explain_layer(
     if packed is not None:
         decision = decide(workload_of(module, input_shape))
         dense_bytes = math.prod(packed.shape) * packed.values.element_size()
-        held = packed.nbytes + sum(tensor.nbytes for tensor in module.expanded.values())  # type: ignore[union-attr, operator]
+        held = packed.nbytes + sum(tensor.nbytes for tensor in module.expanded.values())  # type: ignore[operator]
         reason = f"packed: {decision.reason}"
         return LayerPlan(
             name, kind, packed.shape, packed.pattern, "sparse", reason, dense_bytes, held, decision, measured

@@ -13,14 +13,13 @@ from lightning_hinm.format import (
     HiNMWeight,
     LayerRecord,
     pack,
-    plain_name,
     read_contents,
     read_header,
     weight_key,
     write_file,
 )
-from lightning_hinm.modules import HiNMLayer, _leave_fast_path, _take_hooks, pack_layer
-from lightning_hinm.pattern import layer_kind
+from lightning_hinm.modules import HiNMLayer, leave_fast_path, pack_layer, take_hooks
+from lightning_hinm.pattern import layer_kind, plain_name
 from lightning_hinm.prune import layout_of
 
 log = logging.getLogger(__name__)
@@ -135,13 +134,13 @@ def load_hinm(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         for own, other in slots:
             other.update({leaf: loaded[id(tensor)] for leaf, tensor in own.items() if id(tensor) in loaded})
     for dense, layer in replaced.items():
-        _take_hooks(layer, dense)
+        take_hooks(layer, dense)
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
             if child in replaced:
                 parent._modules[attribute] = replaced[child]
     model = replaced.get(model, model)
-    _leave_fast_path(model)
+    leave_fast_path(model)
     log.info("load_hinm: read %d packed layers from %s", len(contents.layers), path)
     return model
 

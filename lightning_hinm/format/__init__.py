@@ -9,7 +9,7 @@ from lightning_hinm.format.checkpoint import (
 )
 from lightning_hinm.format.file import FileContents, FileHeader, read_contents, read_header, write_file
 from lightning_hinm.format.packing import HiNMWeight, check_packed, expand, pack, pack_bits, unpack, unpack_bits
-from lightning_hinm.format.record import LayerRecord, plain_name, weight_key
+from lightning_hinm.format.record import LayerRecord, weight_key
 
 __all__ = [
     "FileContents",
@@ -24,7 +24,6 @@ __all__ = [
     "load_layouts",
     "pack",
     "pack_bits",
-    "plain_name",
     "read_contents",
     "read_header",
     "read_layer_state",

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_hinm.format.file import FileContents, write_file
 from lightning_hinm.format.packing import pack, pack_bits, unpack_bits
-from lightning_hinm.format.record import LayerRecord, plain_name, weight_key
+from lightning_hinm.format.record import LayerRecord, weight_key
 from lightning_hinm.layout import HiNMLayout, check_layout
-from lightning_hinm.pattern import HiNMPattern, layer_kind, named_layers
+from lightning_hinm.pattern import HiNMPattern, layer_kind, named_layers, plain_name
 from lightning_hinm.prune import PrunableLayer, set_layout
 
 CALLBACK = "HiNMPruning"

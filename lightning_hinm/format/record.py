@@ -103,14 +103,5 @@ def weight_key(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
 
-def plain_name(name: str) -> str:
-    """The name without what ``torch.compile`` puts into it.
-
-    >>> plain_name("net._orig_mod.0.weight")
-    'net.0.weight'
-    """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def _is_count(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 1
