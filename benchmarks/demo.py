@@ -334,6 +334,7 @@ def main() -> int:
     # Lightning greets at every fit; of what it and the callback tell, only the pruning belongs here.
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: record.getMessage().startswith("HiNMPruning"))
+    logging.getLogger("lightning_hinm").setLevel(logging.WARNING)  # it tells of every layer; `explain` does, too
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     start, runs = time.monotonic(), []
