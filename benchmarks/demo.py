@@ -337,6 +337,7 @@ def main() -> int:
     logging.getLogger("lightning_hinm").setLevel(logging.WARNING)  # it tells of every layer; `explain` does, too
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    facts = provenance()  # now: a commit made while this runs is not what runs
     start, runs = time.monotonic(), []
     arguments.out.mkdir(parents=True, exist_ok=True)
     for seed in range(arguments.seeds):
@@ -346,7 +347,7 @@ def main() -> int:
             "task": arguments.task,
             "pattern": TASKS[arguments.task].pattern.to_dict(),
             "seconds": round(time.monotonic() - start, 1),
-            **provenance(),
+            **facts,
             "seeds": [[asdict(row) for row in rows] for rows in runs],
         }
         (arguments.out / f"{arguments.task}.json").write_text(json.dumps(data, indent=1) + "\n")

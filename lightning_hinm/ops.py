@@ -19,9 +19,9 @@ from lightning_hinm.layout import inverse
 from lightning_hinm.pattern import HiNMPattern
 
 # Numbers that the CPU gathers at a time, 2 MiB in float32: they stay in the caches, and the allocator keeps the memory.
-# On 2 cores with 1 MiB of L2 each, half of it and twice as much were both slower, and all at once slower than dense.
 BLOCK_NUMBERS = 1 << 19
-# A number that is transposed, or a run that is gathered, costs about five numbers that are gathered one at a time.
+# A number that is transposed, or a run that is gathered, is taken to cost as much as five numbers gathered one at a
+# time: a rough figure, which only decides between two ways that are close to each other where it is wrong.
 GATHERS = 5
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
