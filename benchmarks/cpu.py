@@ -1,8 +1,10 @@
 """Speed of the sparse ops against the dense functions on the CPU: ``python benchmarks/cpu.py [--out cpu.json]``.
 
 Every layout is random and legal, with the rows in the identity order and in a random one. Both sides run in turn in the
-same process, and the ratio is that of their medians: above 1, sparse is faster. On a machine with other work to do the
-ratios mean little: the load is printed, and ``--clock cpu --threads 1`` counts the time of this process alone.
+same process, and the ratio is that of their medians: above 1, sparse is faster. They alternate call by call, where each
+finds the caches full of the other's weight, as in a large model; and in runs of ten, of which the first is dropped
+("warm"). On a machine with other work to do the ratios mean little: the load is printed. ``--clock cpu --threads 1``
+counts the time of this process alone.
 """
 
 import argparse
@@ -12,7 +14,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ from torch import Tensor
 from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import expand_all
+
+Call = Callable[[], Tensor]
+Clock = Callable[[], float]
 
 SHAPES = [(3072, 768), (768, 3072)]
 # tokens, vector size, sparsity, and the ratio that the project promises for it
@@ -47,19 +53,21 @@ def masked_weight(rows: int, columns: int, pattern: HiNMPattern, *, shuffled: bo
     return weight * hinm_mask(weight.abs(), layout), layout
 
 
-def in_turn(calls: list[Callable[[], Tensor]], clock: Callable[[], float], seconds: float) -> list[float]:
-    """Median seconds of each call, taken in turn."""
+def in_turn(calls: Sequence[Call], clock: Clock, seconds: float, run: int) -> list[float]:
+    """Median seconds of each call, taken in turn, ``run`` of each in a row."""
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
     while len(times[0]) < 7 or time.perf_counter() < end:
         for call, record in zip(calls, times, strict=True):
-            start = clock()
-            call()
-            record.append(clock() - start)
+            for i in range(run):
+                start = clock()
+                call()
+                if i or run == 1:
+                    record.append(clock() - start)
     return [statistics.median(record[2:]) for record in times]
 
 
-def linear_row(shape: tuple[int, int], case: tuple[Any, ...], clock: Callable[[], float], seconds: float) -> dict:
+def linear_row(shape: tuple[int, int], case: tuple[Any, ...], clock: Clock, seconds: float) -> dict:
     tokens, v, sparsity, promised = case
     pattern = HiNMPattern.from_sparsity(sparsity, vector_size=v)
     x, bias = torch.randn(tokens, shape[1]), torch.randn(shape[0])
@@ -69,12 +77,12 @@ def linear_row(shape: tuple[int, int], case: tuple[Any, ...], clock: Callable[[]
         weight, layout = masked_weight(*shape, pattern, shuffled=shuffled)
         packed = pack(weight, layout)
         args = (*packed.tensors.values(), bias, *expand_all(packed).values(), shape[1], v, pattern.n, pattern.m)
-        calls = [lambda w=weight: F.linear(x, w, bias), lambda a=args: torch.ops.hinm.linear(x, *a)]
+        calls = [partial(F.linear, x, weight, bias), partial(torch.ops.hinm.linear, x, *args)]
         row |= compare(name, calls, clock, seconds)
     return row
 
 
-def conv_row(case: tuple[int, ...], clock: Callable[[], float], seconds: float) -> dict:
+def conv_row(case: tuple[int, ...], clock: Clock, seconds: float) -> dict:
     channels, rows, kernel, size, batch = case
     pattern = HiNMPattern.from_sparsity(0.875)
     x, bias, padding = torch.randn(batch, channels, size, size), torch.randn(rows), kernel // 2
@@ -86,16 +94,22 @@ def conv_row(case: tuple[int, ...], clock: Callable[[], float], seconds: float) 
         packed = pack(weight, layout)
         numbers = (channels, kernel, kernel, 1, 1, padding, padding, 1, 1, 1, 64, pattern.n, pattern.m)
         args = (*packed.tensors.values(), bias, *expand_all(packed).values(), *numbers)
-        calls = [lambda w=weight: F.conv2d(x, w, bias, 1, padding), lambda a=args: torch.ops.hinm.conv2d(x, *a)]
+        calls = [partial(F.conv2d, x, weight, bias, 1, padding), partial(torch.ops.hinm.conv2d, x, *args)]
         row |= compare(name, calls, clock, seconds)
     return row
 
 
-def compare(order: str, calls: list[Callable[[], Tensor]], clock: Callable[[], float], seconds: float) -> dict:
-    dense, sparse = in_turn(calls, clock, seconds)
+def compare(order: str, calls: Sequence[Call], clock: Clock, seconds: float) -> dict:
+    dense, sparse = in_turn(calls, clock, seconds, 1)
+    dense_warm, sparse_warm = in_turn(calls, clock, seconds, 10)
     error = (calls[1]() - calls[0]()).norm() / calls[0]().norm()
     assert error < 1e-5, f"the results differ by {error:.1e}"
-    return {f"dense_ms_{order}": dense * 1e3, f"sparse_ms_{order}": sparse * 1e3, f"ratio_{order}": dense / sparse}
+    return {
+        f"dense_ms_{order}": dense * 1e3,
+        f"sparse_ms_{order}": sparse * 1e3,
+        f"ratio_{order}": dense / sparse,
+        f"ratio_warm_{order}": dense_warm / sparse_warm,
+    }
 
 
 def commit() -> str:
@@ -128,19 +142,20 @@ def main() -> None:
     }
     print("  ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{'layer':24} {'input':16} {'V':>3} {'sparsity':>8} {'dense ms':>9} {'sparse ms':>9} {'ratio':>6} "
-          f"{'random order':>12} {'promised':>8}")  # fmt: skip
+          f"{'warm':>5} {'random order':>12} {'warm':>5} {'promised':>8}")  # fmt: skip
     rows = []
     with torch.inference_mode():
-        makers = [lambda s=s, c=c: linear_row(s, c, clock, options.seconds) for s in SHAPES for c in CASES]
-        makers += [lambda c=c: conv_row(c, clock, options.seconds) for c in CONVOLUTIONS]
+        makers = [partial(linear_row, shape, case) for shape in SHAPES for case in CASES]
+        makers += [partial(conv_row, case) for case in CONVOLUTIONS]
         for make in makers:
-            row = make()
+            row = make(clock, options.seconds)
             rows.append(row)
             size = "x".join(map(str, row["input"]))
-            times = f"{row['dense_ms_random']:9.3f} {row['sparse_ms_random']:9.3f} {row['ratio_identity']:6.2f}"
+            times = f"{row['dense_ms_random']:9.3f} {row['sparse_ms_random']:9.3f} {row['ratio_identity']:6.2f} "
+            times += f"{row['ratio_warm_identity']:5.2f}"
             promised = "" if row["promised"] is None else f"{row['promised']:8.2f}"
             print(f"{row['layer']:24} {size:16} {row['vector_size']:3} {row['sparsity']:8} {times} "
-                  f"{row['ratio_random']:12.2f} {promised}", flush=True)  # fmt: skip
+                  f"{row['ratio_random']:12.2f} {row['ratio_warm_random']:5.2f} {promised}", flush=True)  # fmt: skip
     facts["load_after"] = os.getloadavg()[0]
     print(f"load before {facts['load_before']:.1f}, after {facts['load_after']:.1f}, on {facts['cores']} cores")
     if options.out:

@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +135,13 @@ class Progress(L.Callback):
 class StraightAfterPruning(L.Callback):
     """Measures the accuracy between the pruning and the first step that follows it; stands behind the pruning."""
 
-    def __init__(self, pruning: HiNMPruning) -> None:
-        self.pruning, self.accuracy = pruning, None
+    def __init__(self, pruning: HiNMPruning, batches: Any) -> None:
+        self.pruning, self.batches = pruning, batches
+        self.accuracy: float | None = None
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         if self.accuracy is None and self.pruning.masks:
-            self.accuracy = accuracy(pl_module.net, trainer.datamodule.val_dataloader(), trainer.precision)
+            self.accuracy = accuracy(pl_module.net, self.batches, str(trainer.precision))
 
 
 def accuracy(net: nn.Module, batches: Any, precision: str) -> float:
@@ -212,21 +213,25 @@ def run_variant(
         time_budget=task.budget,
         **arguments,
     )
-    after = StraightAfterPruning(pruning)
+    after = StraightAfterPruning(pruning, data.val_dataloader())
     fit(task, model, data, task.sparse_epochs, title, [pruning, after])
     net = model.net.eval()
     report = pruning.report.pruned
     final = accuracy(net, data.val_dataloader(), task.precision)
-    numbers = {
-        "variant": title,
-        "accuracy_pruned": after.accuracy,
-        "accuracy": final,
-        "retained": statistics.fmean(layer.retained for layer in report),
-        "search_seconds": sum(layer.seconds for layer in report),
-        "ended_by_budget": any(layer.ended_by_budget for layer in report),
-    }
+    row = Row(
+        variant=title,
+        accuracy_pruned=after.accuracy,
+        accuracy=final,
+        retained=statistics.fmean(layer.retained for layer in report),
+        search_seconds=sum(layer.seconds for layer in report),
+        ended_by_budget=any(layer.ended_by_budget for layer in report),
+        file_bytes=dense_bytes(net),
+        dense_ms=None,
+        compiled_ms=None,
+        equal=None,
+    )
     if kind is Unstructured:
-        return Row(**numbers, file_bytes=dense_bytes(net), dense_ms=None, compiled_ms=None, equal=None)
+        return row
     with tempfile.TemporaryDirectory() as folder:
         save_hinm(net, Path(folder) / "net.safetensors")
         size = (Path(folder) / "net.safetensors").stat().st_size
@@ -239,7 +244,7 @@ def run_variant(
         outputs = [compiled(inputs), to_hinm(net)(inputs)]
         equal = all((output - wanted).norm() <= TOLERANCE * wanted.norm() for output in outputs)
         dense_ms, compiled_ms = alternate(lambda: reference(inputs), lambda: compiled(inputs), seconds=4.0)
-    return Row(**numbers, file_bytes=size, dense_ms=dense_ms * 1e3, compiled_ms=compiled_ms * 1e3, equal=equal)
+    return replace(row, file_bytes=size, dense_ms=dense_ms * 1e3, compiled_ms=compiled_ms * 1e3, equal=equal)
 
 
 def dense_bytes(net: nn.Module) -> int:

@@ -154,7 +154,7 @@ def _explain_layer(
         reason = str(error).removeprefix(f"{name}: ")
         return LayerPlan(name, kind, shape, layout.pattern, "dense", reason, dense_bytes, dense_bytes, None, measured)
     decision = decide(workload_of(module, input_shape))
-    expansion = packed.vector_index.numel() * (layout.pattern.vector_size * weight.element_size() + 4) + 4 * shape[0]
+    expansion = packed.vector_index.numel() * (layout.pattern.vector_size * weight.element_size() + 8) + 8 * shape[0]
     held = packed.nbytes + expansion if decision.path == "sparse" else dense_bytes
     return LayerPlan(
         name, kind, shape, layout.pattern, decision.path, decision.reason, dense_bytes, held, decision, measured
@@ -228,7 +228,7 @@ def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tenso
     index = torch.rand(tiles, pattern.padded(in_features), generator=generator).argsort(dim=1)[:, :kept]
     index, order = index.to(workload.device), torch.randperm(rows, generator=generator).to(workload.device)
     # With an expansion the op reads neither values nor metadata.
-    indices = (index.clamp(max=in_features - 1).flatten().int(), order.int())
+    indices = (index.clamp(max=in_features - 1).flatten(), order)
     packed = (weight, weight, index, order, bias, numbers(tiles, pattern.vector_size, kept), *indices)
     last = (pattern.vector_size, pattern.n, pattern.m)
     if len(shape) == 2:

@@ -1,0 +1,175 @@
+"""What the two ops are called with after ``x``, in the order of their schemas, and what follows from it.
+
+Shapes: O rows, I columns (of one group in a grouped convolution), T tiles of V rows, P kept columns of a tile.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hinm.format import HiNMWeight, expand
+from lightning_hinm.layout import inverse
+from lightning_hinm.pattern import HiNMPattern
+
+TENSORS = 8  # of an op's operands, all but ``x``; its numbers follow
+
+
+class LinearOperands(NamedTuple):
+    """Of ``hinm::linear``; ``expansion``, ``columns`` and ``restore`` are the others decoded (``expand_all``)."""
+
+    values: Tensor
+    metadata: Tensor
+    vector_index: Tensor
+    output_order: Tensor
+    bias: Tensor | None
+    expansion: Tensor | None
+    columns: Tensor | None
+    restore: Tensor | None
+    in_features: int
+    vector_size: int
+    n: int
+    m: int
+
+    @property
+    def columns_of_x(self) -> Tensor:
+        """``columns``, decoded now if it was not passed."""
+        return decode_columns(self.vector_index, self.in_features, self.m) if self.columns is None else self.columns
+
+    def check(self, x: Tensor) -> None:
+        """Refuses an ``x`` that does not fit."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"hinm::linear: x has shape {list(x.shape)}, but its last dimension must be "
+                f"in_features={self.in_features}. Check the layer before this one."
+            )
+        _check_kind("linear", x, self)
+
+
+class Conv2dOperands(NamedTuple):
+    """Of ``hinm::conv2d``."""
+
+    values: Tensor
+    metadata: Tensor
+    vector_index: Tensor
+    output_order: Tensor
+    bias: Tensor | None
+    expansion: Tensor | None
+    columns: Tensor | None
+    restore: Tensor | None
+    in_channels: int
+    kernel_height: int
+    kernel_width: int
+    stride_height: int
+    stride_width: int
+    padding_height: int
+    padding_width: int
+    dilation_height: int
+    dilation_width: int
+    groups: int
+    vector_size: int
+    n: int
+    m: int
+
+    @property
+    def columns_of_x(self) -> Tensor:
+        """``columns``, decoded now if it was not passed."""
+        if self.columns is not None:
+            return self.columns
+        in_features = self.in_channels // self.groups * self.kernel_height * self.kernel_width
+        return decode_columns(self.vector_index, in_features, self.m, self.groups)
+
+    @property
+    def window(self) -> dict[str, tuple[int, int]]:
+        """As ``F.unfold`` and ``F.fold`` take it."""
+        return {
+            "kernel_size": (self.kernel_height, self.kernel_width),
+            "dilation": (self.dilation_height, self.dilation_width),
+            "padding": (self.padding_height, self.padding_width),
+            "stride": (self.stride_height, self.stride_width),
+        }
+
+    def check(self, x: Tensor) -> tuple[int, int]:
+        """The output's height and width; refuses an ``x`` that does not fit."""
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"hinm::conv2d: x has shape {list(x.shape)}, but it must be [C, H, W] or [B, C, H, W] with "
+                f"C = in_channels={self.in_channels}. Check the layer before this one."
+            )
+        _check_kind("conv2d", x, self)
+        height, width = x.shape[-2] + 2 * self.padding_height, x.shape[-1] + 2 * self.padding_width
+        reach = self.dilation_height * (self.kernel_height - 1) + 1, self.dilation_width * (self.kernel_width - 1) + 1
+        if height < reach[0] or width < reach[1]:
+            raise ValueError(
+                f"hinm::conv2d: x is {height} x {width} with its padding, but the kernel with its dilation is "
+                f"{reach[0]} x {reach[1]}. Pass a larger image."
+            )
+        return (height - reach[0]) // self.stride_height + 1, (width - reach[1]) // self.stride_width + 1
+
+
+Operands = LinearOperands | Conv2dOperands
+
+
+def tiles(operands: Operands) -> Tensor:
+    """The expansion that was passed, else decoded now. ``[T, V, P]``."""
+    if operands.expansion is not None:
+        return operands.expansion
+    # Decoding asks only for V, n and m of the pattern, and for the rows of the shape.
+    pattern = HiNMPattern(operands.vector_size, 0.0, operands.n, operands.m, None)
+    shape = (operands.values.shape[0], operands.vector_index.shape[1])
+    return expand(HiNMWeight(*operands[:4], shape=shape, pattern=pattern))
+
+
+def restored_rows(operands: Operands) -> Tensor:
+    """The row of the product that each output channel is, decoded now if it was not passed: ``[O]``."""
+    return inverse(operands.output_order.to(torch.int64)) if operands.restore is None else operands.restore
+
+
+def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor]:
+    """What the ops need of a packed weight, decoded: cached by the layers, and passed as operands.
+
+    Returns:
+        ``expansion``, ``[T, V, P]``; ``columns``, int64 ``[T * P]``, the column of ``x`` that each kept vector
+        multiplies; ``restore``, int64 ``[O]``, the row of the product that each output channel is.
+    """
+    columns = decode_columns(packed.vector_index, math.prod(packed.shape[1:]), packed.pattern.m, groups)
+    return {"expansion": expand(packed), "columns": columns, "restore": inverse(packed.output_order.to(torch.int64))}
+
+
+def decode_columns(vector_index: Tensor, in_features: int, m: int, groups: int = 1) -> Tensor:
+    """The column of ``x`` that each kept vector multiplies: int64 ``[T * P]``.
+
+    The values of virtual columns are zero, so any real column may stand for them.
+    """
+    columns = vector_index.to(torch.int64)
+    if in_features % m:
+        columns = columns.clamp(max=in_features - 1)
+    if groups > 1:
+        group = torch.arange(groups, device=columns.device).repeat_interleave(columns.shape[0] // groups)
+        columns = columns + in_features * group.unsqueeze(1)
+    return columns.flatten()
+
+
+def cast(operands: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """``operands`` with the floating-point tensors that an op computes with in ``dtype``, as autocast has it."""
+    values, metadata, vector_index, output_order, bias, expansion, *rest = operands
+
+    def lower(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    values = lower(values) if expansion is None else values
+    return values, metadata, vector_index, output_order, lower(bias), lower(expansion), *rest
+
+
+def _check_kind(op: str, x: Tensor, operands: Operands) -> None:
+    weight = operands.values if operands.expansion is None else operands.expansion
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"hinm::{op}: x is {x.dtype}, but the packed weight is {weight.dtype}. Cast x, or convert the layer with "
+            f".to({x.dtype})."
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"hinm::{op}: x is on {x.device}, but the packed weight is on {weight.device}. Move one of them with .to()."
+        )

@@ -1,0 +1,129 @@
+"""The kernels, for any device: gather the kept columns of each tile, one batched product, rows back in their order.
+
+Shapes: O rows, I columns (of one group in a grouped convolution), T tiles of V rows, P kept columns of a tile, N
+tokens; B images of L output pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands, restored_rows, tiles
+
+# Numbers that the CPU gathers at a time. From rows, 16 MiB in float32: for more the allocator asks for fresh pages at
+# each call. From columns, 2 MiB: they stay in the caches until the product reads them.
+ROW_NUMBERS, COLUMN_NUMBERS = 1 << 22, 1 << 19
+# Below so many numbers, one thread gathers sooner than several are started.
+PARALLEL_NUMBERS = 1 << 18
+# The CPU transposes so many tokens or more, where each of their columns is gathered more often than so on average:
+# what is gathered are then runs of memory, and not single numbers.
+TRANSPOSE_TOKENS, TRANSPOSE_GATHERS = 16, 8
+# A product of columns whose number is not a multiple of this one takes up to twice as long on the CPU.
+WIDTH = 8
+
+
+def linear(x: Tensor, operands: LinearOperands) -> Tensor:
+    """``F.linear(x, unpack(packed), bias)``: ``[..., I]`` -> ``[..., O]``."""
+    operands.check(x)
+    expansion, columns, restore = tiles(operands), operands.columns_of_x, restored_rows(operands)
+    tokens = x.reshape(-1, operands.in_features)  # [N, I]
+    out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
+    rows = tokens.shape[0] < TRANSPOSE_TOKENS or columns.shape[0] < TRANSPOSE_GATHERS * operands.in_features
+    step = _tokens_at_once(expansion, tokens.shape[0], ROW_NUMBERS if rows else COLUMN_NUMBERS)
+    for first in range(0, tokens.shape[0], step):
+        block, part = tokens[first : first + step], out[first : first + step]
+        if rows:
+            torch.index_select(_product_of_rows(expansion, block, columns), 1, restore, out=part)
+            if operands.bias is not None:
+                part.add_(operands.bias)
+        else:
+            padded = F.pad(block, (0, 0, 0, -len(block) % WIDTH)) if len(block) % WIDTH else block
+            product = _product_of_columns(expansion, padded.t().contiguous(), columns).index_select(0, restore)
+            _write(product[:, : len(block)].t(), operands.bias, part)
+    return out.reshape(*x.shape[:-1], restore.shape[0])
+
+
+def linear_grad(grad: Tensor, operands: LinearOperands) -> Tensor:
+    """The gradient of ``x``: ``[..., O]`` -> ``[..., I]``."""
+    rows = grad.reshape(-1, grad.shape[-1]).t()  # [O, N]
+    gathered = _transposed_product(tiles(operands), rows.unsqueeze(0), operands.output_order)[0]  # [T * P, N]
+    grad_x = grad.new_zeros(operands.in_features, rows.shape[1]).index_add(0, operands.columns_of_x, gathered)
+    return grad_x.t().reshape(*grad.shape[:-1], operands.in_features)
+
+
+def conv2d(x: Tensor, operands: Conv2dOperands) -> Tensor:
+    """``F.conv2d(x, unpack(packed), bias, ...)``: ``[B, C, H, W]`` -> ``[B, O, OH, OW]``, or both without B."""
+    height, width = operands.check(x)
+    expansion, columns, restore = tiles(operands), operands.columns_of_x, restored_rows(operands)
+    bias = None if operands.bias is None else operands.bias[:, None]
+    images, pixels = x.reshape(-1, *x.shape[-3:]), height * width
+    out = x.new_empty(images.shape[0], restore.shape[0], pixels)  # [B, O, L]
+    step = _tokens_at_once(expansion, images.shape[0] * pixels, COLUMN_NUMBERS)
+    images_step, pixels_step = max(step // pixels, 1), min(step, pixels)
+    for first in range(0, images.shape[0], images_step):
+        image = _unfold(images[first : first + images_step], operands)  # [b, G * I, L]
+        for start in range(0, pixels, pixels_step):
+            block = image[:, :, start : start + pixels_step]
+            product = _product_of_columns(expansion, block.transpose(0, 1).flatten(1), columns)
+            product = product.index_select(0, restore).unflatten(1, (-1, block.shape[2])).transpose(0, 1)  # [b, O, l]
+            _write(product, bias, out[first : first + images_step, :, start : start + pixels_step])
+    return out.reshape(*x.shape[:-3], restore.shape[0], height, width)
+
+
+def conv2d_grad(grad: Tensor, operands: Conv2dOperands, x_shape: torch.Size) -> Tensor:
+    """The gradient of ``x``: ``[B, O, OH, OW]`` -> ``[B, C, H, W]``, or both without B."""
+    images = grad.reshape(-1, grad.shape[-3], grad.shape[-2] * grad.shape[-1])  # [B, O, L]
+    gathered = _transposed_product(tiles(operands), images, operands.output_order)  # [B, T * P, L]
+    rows = operands.in_channels * operands.kernel_height * operands.kernel_width
+    unfolded = grad.new_zeros(images.shape[0], rows, images.shape[2]).index_add(1, operands.columns_of_x, gathered)
+    return F.fold(unfolded, x_shape[-2:], **operands.window).reshape(x_shape)
+
+
+def _tokens_at_once(expansion: Tensor, tokens: int, numbers: int) -> int:
+    if expansion.device.type != "cpu":
+        return max(tokens, 1)
+    # At least V, since a product of [V, P] and [P, N] has to lay out [V, P] first; 128 against the calls.
+    return max(numbers // (expansion.shape[0] * expansion.shape[2]), expansion.shape[1], 128)
+
+
+def _product_of_rows(expansion: Tensor, tokens: Tensor, columns: Tensor) -> Tensor:
+    """``[N, I]`` -> ``[N, T * V]``: each tile times the columns that it keeps."""
+    count, _, p = expansion.shape
+    n = tokens.shape[0]
+    if n * columns.shape[0] < PARALLEL_NUMBERS:
+        gathered = tokens.index_select(1, columns)
+    else:
+        gathered = tokens.gather(1, columns.expand(n, -1))
+    gathered = gathered.view(n, count, p).transpose(0, 1)  # [T, N, P]
+    return torch.bmm(gathered, expansion.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
+def _product_of_columns(expansion: Tensor, columns_of_x: Tensor, columns: Tensor) -> Tensor:
+    """``[I, N]`` -> ``[T * V, N]``, the same."""
+    count, _, p = expansion.shape
+    gathered = columns_of_x.index_select(0, columns).view(count, p, -1)
+    return torch.bmm(expansion, gathered).flatten(0, 1)
+
+
+def _write(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        out.copy_(product)
+    else:
+        torch.add(product, bias, out=out)
+
+
+def _transposed_product(expansion: Tensor, grad: Tensor, output_order: Tensor) -> Tensor:
+    """The gradient of what was gathered: ``[B, O, L]`` -> ``[B, T * P, L]``."""
+    rows = grad.index_select(1, output_order.to(torch.int64))
+    rows = F.pad(rows, (0, 0, 0, -rows.shape[1] % expansion.shape[1])).unflatten(1, expansion.shape[:2])  # [B, T, V, L]
+    return torch.matmul(expansion.transpose(1, 2), rows).flatten(1, 2)
+
+
+def _unfold(x: Tensor, operands: Conv2dOperands) -> Tensor:
+    """``[B, C, H, W]`` -> ``[B, C * kh * kw, L]``; a 1 x 1 kernel needs no copy."""
+    if (operands.kernel_height, operands.kernel_width) != (1, 1):
+        return F.unfold(x, **operands.window)
+    high, wide = operands.padding_height, operands.padding_width
+    if (high, wide) != (0, 0):
+        x = F.pad(x, (wide, wide, high, high))
+    return x[:, :, :: operands.stride_height, :: operands.stride_width].flatten(2)
