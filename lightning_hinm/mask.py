@@ -27,7 +27,9 @@ def tile_rows(matrix: Tensor, output_order: Tensor, vector_size: int) -> Tensor:
     """Rows in ``output_order``, cut into tiles, with zero rows at the end of the last: ``[O, I]`` -> ``[T, V, I]``."""
     rows = matrix[output_order]
     missing = -rows.shape[0] % vector_size
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (-1, vector_size))
+    if missing:  # padding copies, even by nothing
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+    return rows.unflatten(0, (-1, vector_size))
 
 
 def choose_vectors(

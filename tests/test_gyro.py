@@ -6,13 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_hinm.gyro import SMALL, gyro_permute, search
+from lightning_hinm.gyro.exchange import _balance, _likely
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
+    Blocks,
     Clock,
     Problem,
+    _priced,
+    assign,
     assign_vectors,
-    replacement_parts,
-    replacement_values,
+    joined_values,
     row_values,
     top_sum,
 )
@@ -175,19 +178,71 @@ def test_top_sum_is_the_sum_of_the_n_largest(n_m, seed):
 
 
 @given(st.sampled_from(N_M), st.integers(0, 99))
-def test_the_value_of_every_replacement_is_exact(n_m, seed):
+def test_the_value_of_a_group_with_every_column_as_its_last_member_is_exact(n_m, seed):
     n, m = n_m
-    pattern = HiNMPattern(3, 0.0, n=n, m=m, window=None)
-    slots = (torch.rand(1, 2 * m, 3, generator=seeded(seed)) * 4).floor().double()
+    rest = (torch.rand(1, 2, m - 1, 3, generator=seeded(seed)) * 4).floor().double()
     columns = (torch.rand(1, 5, 3, generator=seeded(seed + 1)) * 4).floor().double()
-    worth, others, nth = replacement_parts(slots, pattern)
-    values = replacement_values(others, nth, columns)
-    for slot in range(2 * m):
-        group = slots[0].unflatten(0, (2, m))[slot // m].clone()
-        assert torch.allclose(worth[0, slot], group.topk(n, dim=0).values.sum())
+    values = joined_values(rest, columns, n)
+    for group in range(2):
         for column in range(5):
-            group[slot % m] = columns[0, column]
-            assert torch.allclose(values[0, slot, column], group.topk(n, dim=0).values.sum(), atol=1e-12)
+            members = torch.cat((rest[0, group], columns[0, column : column + 1]))
+            assert torch.allclose(values[0, group, column], members.topk(n, dim=0).values.sum(), atol=1e-12)
+
+
+@given(st.integers(1, 7), st.integers(0, 4), st.integers(0, 999))
+def test_prices_do_not_change_what_an_assignment_is_worth(rows, extra, seed):
+    values = torch.rand(1, rows, rows + extra, generator=seeded(seed)).double()
+    plain, priced = assign([values[0]])[0], assign(list(_priced(values)))[0][:rows]
+    assert priced.max() < rows + extra
+    worth = [values[0].gather(1, choice.unsqueeze(1)).sum().item() for choice in (plain, priced)]
+    assert worth[0] == pytest.approx(worth[1], abs=1e-9)
+
+
+@given(st.sampled_from(N_M), st.booleans(), st.integers(0, 99))
+def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, pruned, seed):
+    n, m = n_m
+    points = torch.rand(2, 4 * m, 3, generator=seeded(seed)) ** 3
+    slots = torch.stack([torch.randperm(4 * m, generator=seeded(seed))[: 2 * m] for _ in range(2)]).unflatten(1, (2, m))
+    free = torch.ones(2, 4 * m, dtype=torch.bool).scatter(1, slots.flatten(1), False)
+    blocks = Blocks(points, slots, free if pruned else None)
+
+    def worth() -> torch.Tensor:
+        groups = points[torch.arange(2).view(2, 1, 1), blocks.slots]  # [2, G, m, V]
+        return groups.topk(n, dim=2).values.sum(dim=(1, 2, 3))
+
+    before = worth()
+    for _ in range(3):
+        gain, had = blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.5, n, m, None)), torch.arange(2))
+        assert torch.allclose(had, before, atol=1e-5)
+        assert torch.allclose(worth(), before + gain, atol=1e-5)
+        assert (gain >= 0).all()
+        before = worth()
+    held = blocks.slots.flatten(1).sort(dim=1).values
+    assert (held.diff(dim=1) > 0).all()
+    if pruned:
+        assert torch.equal(free, torch.ones_like(free).scatter(1, held, False))
+    else:
+        assert torch.equal(held, slots.flatten(1).sort(dim=1).values)
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 999))
+def test_every_tile_takes_as_many_rows_as_it_has_places(tiles, v, seed):
+    size = torch.full((tiles,), v)
+    size[seed % tiles] = 1 + seed % v  # the short one
+    values = torch.rand(int(size.sum()), tiles, generator=seeded(seed))
+    values[:, 0] += 10 * (seed % 2)  # all rows want the same tile
+    prices = torch.zeros(tiles + 2)
+    tile = _balance(values, size, prices, torch.arange(tiles), torch.tensor(0.2))
+    assert torch.equal(torch.bincount(tile, minlength=tiles), size)
+    assert prices[tiles:].eq(0).all()
+
+
+def test_what_likely_survives_is_the_saliency_itself_where_nothing_is_pruned_within_groups():
+    saliency = torch.rand(5, 12, generator=seeded())
+    assert torch.equal(_likely(saliency, HiNMPattern(4, 0.5, 4, 4)), saliency)
+    likely = _likely(saliency, HiNMPattern(4, 0.5))
+    assert torch.equal(likely.argsort(dim=1), saliency.argsort(dim=1))
+    assert torch.allclose(likely.amax(dim=1), saliency.amax(dim=1) * (11.5 / 12) ** 3)
 
 
 def problem(saliency: torch.Tensor, pattern: HiNMPattern) -> Problem:
@@ -277,6 +332,38 @@ def test_a_budget_ends_a_long_search_with_the_best_so_far():
     assert result.ended_by_budget
     assert result.seconds < 5
     assert result.retained >= value(saliency, gyro_permute(saliency, pattern, method="identity"))
+
+
+def test_the_annealing_leaves_half_of_a_budget_to_the_vectors(monkeypatch):
+    saliency, pattern = structured(256, 256), HiNMPattern(32, 0.5)
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.ROUNDS", 10**9)  # endless, were it not for the budget
+    result = search(saliency, pattern, time_budget=1.0)
+    unhurried = search(saliency, pattern, method="gyro")
+    assert result.retained > unhurried.retained
+
+
+def test_the_number_of_threads_does_not_change_the_result():
+    saliency, pattern = structured(192, 160), HiNMPattern(32, 0.5)
+    threads, layouts = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            layouts.append(gyro_permute(saliency, pattern))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(layouts[0].output_order, layouts[1].output_order)
+    assert torch.equal(layouts[0].vector_index, layouts[1].vector_index)
+
+
+def test_larger_matrices_deal_their_tiles_and_groups_out_to_several_problems(monkeypatch):
+    saliency, pattern = structured(128, 160), HiNMPattern(8, 0.5)
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.TILES", 5)
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.ROWS", 24)
+    monkeypatch.setattr("lightning_hinm.gyro.problem.GROUPS", 7)
+    monkeypatch.setattr("lightning_hinm.gyro.problem.BATCH", 1 << 12)
+    layout = gyro_permute(saliency, pattern)
+    check_layout(layout, 128, 160)
+    assert value(saliency, layout) > value(saliency, gyro_permute(saliency, pattern, method="gyro"))
 
 
 def test_without_a_budget_nothing_is_ended():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hinm.gyro.exchange import exchange
+from lightning_hinm.gyro.exchange import gyro_exchange
 from lightning_hinm.gyro.paper import gyro_paper
 from lightning_hinm.gyro.problem import Clock, Problem
 from lightning_hinm.layout import HiNMLayout
@@ -132,7 +132,7 @@ def _search_matrix(
         if method == "gyro" or (saliency.numel() <= SMALL and fixed is None):
             candidates.append(gyro_paper(problem, *candidates[0]))
         if method == "exchange" and not clock.expired():
-            candidates.append(exchange(problem, *candidates[0]))
+            candidates.append(gyro_exchange(problem, *candidates[0]))
     layouts = [(order, _ascending_groups(index, pattern)) for order, index in candidates]
     values = [retained(saliency, hinm_mask(saliency, HiNMLayout(pattern, *layout))) for layout in layouts]
     return layouts[values.index(max(values))]

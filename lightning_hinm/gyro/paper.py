@@ -36,7 +36,7 @@ def _gyro_rows(problem: Problem, order: Tensor) -> Tensor:
             base = problem.saliency[left].sum(dim=1)  # [T, I]
             joined = problem.saliency[clusters].sum(dim=1)  # [T, I]
             values = torch.stack([_vector_values(problem, part + joined) for part in base])  # [tile, cluster]
-            choice = assign(values)
+            choice = assign([values])[0]
             moved = torch.cat((left, clusters[choice]), dim=1)
             value = values.gather(1, choice.unsqueeze(1)).sum()
             if value > best * (1 + 1e-6):
@@ -63,7 +63,7 @@ def _balanced_clusters(problem: Problem, points: Tensor, count: int, steps: int 
         return members
     for _ in range(steps):
         centres = points[members].mean(dim=1)
-        nearest = assign(-torch.cdist(points, centres).repeat_interleave(size, dim=1)) // size
+        nearest = assign([-torch.cdist(points, centres).repeat_interleave(size, dim=1)])[0] // size
         regrouped = nearest.argsort(stable=True).unflatten(0, (count, size))
         if torch.equal(regrouped, members):
             break

@@ -5,8 +5,9 @@ one run of columns) of W columns and K slots, each slot holding one kept column.
 """
 
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from lightning_hinm.pattern import HiNMPattern
 RETRIES = 4
 # Elements of the largest temporary: blocks are searched in batches of this size.
 BATCH = 1 << 25
+# Groups that one assignment takes at most.
+GROUPS = 256
+# Value of a choice that is not allowed: less than any that is.
+BARRED = -1e6
 
 
 @dataclass
@@ -37,6 +42,11 @@ class Clock:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
+    @property
+    def used(self) -> float:
+        """The fraction of the budget that is used up; 0 without one."""
+        return self.seconds / self.budget if self.budget else 0.0
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -49,17 +59,6 @@ class Problem:
     output_order: Tensor | None
     within: Tensor | None
 
-    def tiles(self, order: Tensor) -> Tensor:
-        """``[T, I, V]``: the columns of each tile as points, what every distance is taken between."""
-        return tile_rows(self.saliency, order, self.pattern.vector_size).transpose(1, 2).contiguous()
-
-    def allowed(self, order: Tensor) -> Tensor:
-        """bool ``[T, I]``: the columns that a tile may choose from."""
-        if self.within is None:
-            tiles = -(-self.saliency.shape[0] // self.pattern.vector_size)
-            return torch.ones(tiles, self.saliency.shape[1], dtype=torch.bool, device=self.saliency.device)
-        return tile_rows(self.within, order, self.pattern.vector_size).any(dim=1)
-
     def noise(self, *shape: int) -> Tensor:
         """Normal noise, drawn on the CPU so that every device sees the same."""
         return torch.randn(shape, generator=self.generator).to(self.saliency.device)
@@ -67,27 +66,23 @@ class Problem:
     def shuffled(self, count: int) -> Tensor:
         return torch.randperm(count, generator=self.generator).to(self.saliency.device)
 
-    def blocks(self, tiles: Tensor, index: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-        """Slices (tiles, columns, slots) of batches of blocks whose exchange matrices fit into ``BATCH``."""
-        start = 0
-        for first, last in self.pattern.runs(tiles.shape[1]):
-            stop = start + self.pattern.kept_of_run(last - first)
-            step = max(BATCH // ((stop - start) * (last - first)), 1)
-            for t in range(0, tiles.shape[0], step):
-                yield slice(t, t + step), slice(first, last), slice(start, stop)
-            start = stop
 
-
-def top_sum(parts: list[Tensor], n: int) -> Tensor:
-    """Elementwise sum of the ``n`` largest of the ``m`` tensors: a partial bubble sort of max and min, no top-k."""
-    rest, total = list(parts), torch.zeros_like(parts[0])
-    if n > len(parts) // 2:  # fewer passes from the other end
-        return torch.stack(parts).sum(dim=0) + top_sum([-part for part in parts], len(parts) - n)
+def ranked(parts: list[Tensor], n: int) -> list[Tensor]:
+    """Elementwise the ``n`` largest of the tensors, in descending order: a partial bubble sort of max and min."""
+    rest, best = list(parts), []
     for _ in range(n):
         for i in range(len(rest) - 1):
             rest[i], rest[i + 1] = torch.minimum(rest[i], rest[i + 1]), torch.maximum(rest[i], rest[i + 1])
-        total = total + rest.pop()
-    return total
+        best.append(rest.pop())
+    return best
+
+
+def top_sum(parts: list[Tensor], n: int) -> Tensor:
+    """Elementwise sum of the ``n`` largest of the ``m`` tensors."""
+    if n > len(parts) // 2:  # fewer passes from the other end
+        smallest = ranked([-part for part in parts], len(parts) - n)
+        return sum(smallest, torch.stack(parts).sum(dim=0))
+    return sum(ranked(parts, n), torch.zeros_like(parts[0]))
 
 
 def row_values(problem: Problem, rows: Tensor, index: Tensor) -> Tensor:
@@ -102,88 +97,159 @@ def row_values(problem: Problem, rows: Tensor, index: Tensor) -> Tensor:
     return torch.stack(values, dim=1)
 
 
-def replacement_parts(slots: Tensor, pattern: HiNMPattern) -> tuple[Tensor, Tensor, Tensor]:
-    """What a group is worth, and what is left of it without each of its slots.
+def joined_values(rest: Tensor, columns: Tensor, n: int) -> Tensor:
+    """What each group is worth with each of the columns as its last member: ``[B, G, C]``.
 
-    With the top ``n`` of a row's ``m`` values, ``u`` the n-th and ``l`` the next (0 where n = m): without value ``x``
-    the best n-1 of the others sum to ``top - max(x, u)``, and the n-th best of the others is ``l if x >= u else u``.
+    Of a row's ``m`` values, the best ``n`` after value ``e`` joins sum to ``(best n-1 of the others) + max(nth, e)``,
+    with ``nth`` the n-th best of the others (0 where n = m), and ``sum(max(nth, e)) = (sum nth + sum e + |nth - e|_1)
+    / 2``: one L1 distance matrix, exact.
 
     Args:
-        slots: ``[B, K, V]``, the columns that the slots hold.
-
-    Returns:
-        value of each slot's group ``[B, K]``, sum over the rows of the best n-1 others ``[B, K]``, and the n-th best
-        other ``[B, K, V]``.
+        rest: ``[B, G, m - 1, V]``, the other columns of each group.
+        columns: ``[B, C, V]``, the columns that may join.
+        n: kept of the ``m``.
     """
-    n, m = pattern.n, pattern.m
-    x = slots.unflatten(1, (-1, m))  # [B, G, m, V]
-    ranked = x.sort(dim=2, descending=True).values
-    top, u = ranked[:, :, :n].sum(dim=2, keepdim=True), ranked[:, :, n - 1 : n]
-    low = ranked[:, :, n : n + 1] if n < m else torch.zeros_like(u)
-    value = top.sum(dim=3).expand(-1, -1, m).flatten(1)
-    others = (top - torch.maximum(x, u)).sum(dim=3).flatten(1)
-    nth = torch.where(x >= u, low, u).flatten(1, 2)
-    return value, others, nth
+    best = ranked(list(rest.unbind(2)), min(n, rest.shape[2]))
+    nth = best.pop() if n <= rest.shape[2] else rest.new_zeros(*rest.shape[:2], rest.shape[3])
+    others = sum((part.sum(dim=2) for part in best), nth.sum(dim=2) / 2)
+    return others.unsqueeze(2) + (columns.sum(dim=2).unsqueeze(1) + torch.cdist(nth, columns, p=1.0)) / 2
 
 
-def replacement_values(others: Tensor, nth: Tensor, columns: Tensor) -> Tensor:
-    """What the group of slot i is worth with column j in that slot, for all i and j: ``[B, K, W]``.
-
-    ``sum(max(nth, e)) = (sum nth + sum e + |nth - e|_1) / 2``: one L1 distance matrix, exact.
-    """
-    distance = torch.cdist(nth, columns, p=1.0)
-    return others.unsqueeze(2) + (nth.sum(dim=2).unsqueeze(2) + columns.sum(dim=2).unsqueeze(1) + distance) / 2
-
-
-def assign(values: Tensor) -> Tensor:
-    """The column of each row in the assignment with the largest sum: ``[N, M >= N]`` -> int64 ``[N]``."""
+def assign(values: list[Tensor]) -> list[Tensor]:
+    """The column of each row in the assignment with the largest sum, of each ``[N, M >= N]``: int64 ``[N]``."""
     from scipy.optimize import linear_sum_assignment  # here: importing the package stays light
 
-    _, columns = linear_sum_assignment(values.cpu().numpy(), maximize=True)
-    return torch.from_numpy(columns).to(values.device)
+    matrices = [matrix.cpu().double().numpy() for matrix in values]
+    solve = partial(linear_sum_assignment, maximize=True)
+    if len(matrices) > 1 and matrices[0].size > 1 << 12:  # the solver lets other threads run
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            solved = list(threads.map(solve, matrices))
+    else:
+        solved = [solve(matrix) for matrix in matrices]
+    return [torch.from_numpy(columns).to(matrix.device) for matrix, (_, columns) in zip(values, solved, strict=True)]
 
 
-def assign_vectors(problem: Problem, order: Tensor, index: Tensor, *, pruned: bool) -> Tensor:
-    """Sample one vector of every group of a tile and assign them to the groups anew; keep the gains of each tile.
+def assign_vectors(
+    problem: Problem, order: Tensor, index: Tensor, *, pruned: bool, draws: int | None = None, least: float = 1e-6
+) -> Tensor:
+    """Draw one vector of every group of a tile and assign them to the groups anew, as long as that gains.
 
-    With ``pruned``, the columns that the tile prunes stand for election too: the exchange method's own addition.
+    Args:
+        problem: gives the pattern, the randomness and the time left.
+        order: int64 ``[O]``.
+        index: int64 ``[T, P]``.
+        pruned: some of the columns that a tile prunes stand for election too: the exchange method's own addition.
+        draws: at most so many; None for as many as it takes until ``RETRIES`` in a row are no gain.
+        least: what counts as a gain, as a fraction of what the tile retains.
+
+    Returns:
+        The new index, ``[T, P]``.
     """
     pattern, index = problem.pattern, index.clone()
-    tiles, allowed = problem.tiles(order), problem.allowed(order)
+    v, m, in_features = pattern.vector_size, pattern.m, problem.saliency.shape[1]
     start = 0
-    for first, last in pattern.runs(tiles.shape[1]):
-        stop = start + pattern.kept_of_run(last - first)
-        # a group that virtual columns complete stays as it is
-        groups = min(stop - start, last - first) // pattern.m
-        for tile in range(len(tiles)):
-            slots = index[tile, start : start + groups * pattern.m]
-            free = allowed[tile].clone() if pruned else torch.zeros_like(allowed[tile])
-            free[:first], free[last:] = False, False
-            free[index[tile, start : start + min(stop - start, last - first)]] = False
-            if groups > 1 and (pattern.n < pattern.m or pruned):
-                # the likeliest are enough: as many as there are groups, by their sums
-                likely = tiles[tile].sum(dim=1).masked_fill(~free, -1.0).topk(min(groups, int(free.sum()))).indices
-                slots.copy_(_assign_tile(problem, tiles[tile], slots, likely))
-        start = stop
+    for first, last in pattern.runs(in_features):
+        kept = pattern.kept_of_run(last - first)
+        held = slice(start, start + min(kept, last - first))  # of the slots, those that hold real columns
+        groups = (held.stop - held.start) // m  # a group that virtual columns complete stays as it is
+        start += kept
+        if not groups or not (pruned or (groups > 1 and pattern.n < m)):
+            continue
+        size = min(groups, GROUPS)
+        step = max(BATCH // (groups * (2 * size + m * v) + (last - first) * v), 1)  # tiles at a time
+        for t in range(0, index.shape[0], step):
+            part = order[t * v : (t + step) * v]
+            points = tile_rows(problem.saliency[:, first:last], part, v).transpose(1, 2).contiguous()  # [B, W, V]
+            local = index[t : t + step, held] - first
+            free = torch.ones(points.shape[:2], dtype=torch.bool, device=index.device)
+            if problem.within is not None:
+                free = tile_rows(problem.within[:, first:last], part, v).any(dim=1)
+            free.scatter_(1, local, False)
+            blocks = Blocks(points, local[:, : groups * m].unflatten(1, (groups, m)), free if pruned else None)
+            blocks.assign(problem, draws, least)
+            index[t : t + step, held][:, : groups * m] = blocks.slots.flatten(1) + first
     return index
 
 
-def _assign_tile(problem: Problem, columns: Tensor, slots: Tensor, pruned: Tensor) -> Tensor:
-    """One tile's share of one run: ``columns`` ``[I, V]`` as points, ``slots`` and ``pruned`` their numbers."""
-    m = problem.pattern.m
-    base = torch.arange(0, slots.numel(), m, device=slots.device)
-    failures = 0
-    while failures < RETRIES and not problem.clock.expired():
-        at = base + torch.randint(m, base.shape, generator=problem.generator).to(slots.device)  # a slot of each group
-        value, others, nth = replacement_parts(columns[slots].unsqueeze(0), problem.pattern)
-        candidates = torch.cat((slots[at], pruned))
-        values = replacement_values(others[:, at], nth[:, at], columns[candidates].unsqueeze(0))[0]
-        choice = assign(values)  # [G] into the candidates
-        before = value[0, at].sum()
-        if values.gather(1, choice.unsqueeze(1)).sum() > before * (1 + 1e-6):
-            slots = slots.index_copy(0, at, candidates[choice])
-            left = torch.ones_like(candidates, dtype=torch.bool).index_fill(0, choice, False)
-            pruned, failures = candidates[left], 0
-        else:
-            failures += 1
-    return slots
+class Blocks:
+    """Some tiles' share of one run of columns, and the groups that their kept columns form.
+
+    Args:
+        points: ``[B, W, V]``, the columns.
+        slots: int64 ``[B, G, m]``, the columns that each group holds.
+        free: bool ``[B, W]``, pruned columns that may be chosen; None if none may.
+    """
+
+    def __init__(self, points: Tensor, slots: Tensor, free: Tensor | None) -> None:
+        self.points, self.slots, self.free = points, slots.clone(), free
+        self.sums = points.sum(dim=2)  # [B, W]
+
+    def assign(self, problem: Problem, draws: int | None, least: float) -> None:
+        """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``."""
+        failures = torch.zeros(len(self.slots), dtype=torch.int64, device=self.slots.device)
+        while draws is None or draws > 0:
+            active = (failures < RETRIES).nonzero()[:, 0]
+            if not active.numel() or problem.clock.expired():
+                return
+            gain, worth = self.draw(problem, active)
+            failures[active] = torch.where(gain > least * worth, 0, failures[active] + 1)
+            draws = None if draws is None else draws - 1
+
+    def draw(self, problem: Problem, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Assigns one vector of every group of the ``active`` blocks anew: ``(gain, what the groups were worth)``.
+
+        Many groups are dealt out to several assignments, D of S groups each. A gain is exact, because no group gives
+        more than one vector.
+        """
+        _, groups, m = self.slots.shape
+        deals = -(-groups // GROUPS)
+        size = groups // deals
+        dealt = problem.noise(len(active), groups).argsort(dim=1)[:, : deals * size]
+        members = problem.noise(len(active), deals * size, m).argsort(dim=2)  # the first of each group is drawn
+        b = active.unsqueeze(1)
+        slots = self.slots[b, dealt].gather(2, members)  # [A, D * S, m]
+        drawn, rest = slots[:, :, 0].unflatten(1, (deals, size)).flatten(0, 1), slots[:, :, 1:]
+        extra = self.candidates(problem, active, size, deals).flatten(0, 1)  # [A * D, C]
+        candidates = torch.cat((drawn, extra), dim=1)
+        b = active.repeat_interleave(deals).view(-1, 1)
+        rest_points = self.points[b.unsqueeze(2), rest.unflatten(1, (deals, size)).flatten(0, 1)]
+        values = joined_values(rest_points, self.points[b, candidates], problem.pattern.n)  # [A * D, S, S + C]
+        if self.free is not None:
+            values[:, :, size:].masked_fill_(~self.free[b, extra].unsqueeze(1), BARRED)
+        choice = torch.stack(assign(list(_priced(values))))[:, :size]  # [A * D, S]
+        before = values.diagonal(dim1=1, dim2=2).sum(dim=1)
+        gain = values.gather(2, choice.unsqueeze(2)).sum(dim=(1, 2)) - before
+        gain = torch.where(gain > 1e-6 * before, gain, 0)  # less is rounding
+        chosen = torch.where(gain.unsqueeze(1) > 0, candidates.gather(1, choice), drawn)
+        new = torch.cat((chosen.view(len(active), -1, 1), rest), dim=2)
+        self.slots[active.unsqueeze(1), dealt] = new
+        if self.free is not None:
+            self.free[b, drawn] = True
+            self.free[b, chosen] = False
+        return gain.view(-1, deals).sum(dim=1), before.view(-1, deals).sum(dim=1)
+
+    def candidates(self, problem: Problem, active: Tensor, size: int, deals: int) -> Tensor:
+        """Pruned columns for each assignment, a quarter as many as it has groups, large sums first: ``[A, D, C]``.
+
+        One that is not free fills up where too few are.
+        """
+        if self.free is None:
+            return self.slots.new_empty(len(active), deals, 0)
+        count = min(-(-size // 4), self.points.shape[1] // deals)
+        sums = self.sums[active]
+        score = sums + problem.noise(*sums.shape) * sums.double().std(correction=0).to(sums.dtype) / 2
+        best = score.masked_fill(~self.free[active], float("-inf")).topk(count * deals, dim=1).indices
+        return best.unflatten(1, (count, deals)).transpose(1, 2)
+
+
+def _priced(values: Tensor) -> Tensor:
+    """The same assignment problems, ``[B, S, S + C]``, as square ones that are solved in a fraction of the time.
+
+    What a column is worth on average is taken off it, so that rows compete less: allowed where every column is
+    assigned, hence the rows of zeros, which take the columns that are left over.
+    """
+    extra = values.shape[2] - values.shape[1]
+    price = values.mean(dim=1, keepdim=True)
+    if extra:
+        price = (price - price.sort(dim=2).values[:, :, extra : extra + 1]).clamp(min=0)
+    return pad(values, (0, 0, 0, extra)) - price
