@@ -78,7 +78,6 @@ LAYERS: list[tuple[Any, tuple[int, ...]]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize(("make", "size"), LAYERS)
 def test_a_packed_layer_computes_what_the_pruned_one_computes(make: Any, size: tuple[int, ...]) -> None:
     dense = pruned(make())
@@ -102,7 +101,6 @@ def test_a_packed_layer_has_the_geometry_that_users_read(make: Any, size: tuple[
     assert "sparsity=0.75, 2:4" in repr(layer)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_converted_model_equals_the_pruned_one(net: Net, inplace: bool) -> None:
     dense = net(X)

@@ -67,7 +67,6 @@ LAYERS: list[tuple[Any, tuple[int, ...]]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize(("make", "size"), LAYERS)
 def test_the_sparsified_graph_equals_the_graph_before(make: Any, size: tuple[int, ...]) -> None:
     torch.manual_seed(0)
