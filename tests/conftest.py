@@ -7,6 +7,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+os.environ["LIGHTNING_HINM_CACHE"] = "off"  # a search that is tested is a search that runs
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -1,9 +1,11 @@
 import itertools
+import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from lightning_hinm.gyro import SMALL, gyro_permute, search
 from lightning_hinm.gyro.exchange import _balance, _likely
@@ -431,3 +433,124 @@ def test_inverse_of_the_output_order_restores_the_rows():
     saliency = structured(32, 24)
     order = gyro_permute(saliency, HiNMPattern(4)).output_order
     assert torch.equal(saliency[order][inverse(order)], saliency)
+
+
+# --- the cache on disk ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_HINM_CACHE", str(tmp_path / "layouts"))
+    return tmp_path / "layouts"
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("searched again")
+
+    return lambda: monkeypatch.setattr("lightning_hinm.gyro._search_matrix", refuse)
+
+
+def test_the_same_question_is_answered_from_disk_and_leaves_the_generator_where_the_search_did(cache_folder, no_search):
+    saliency, pattern = structured(32, 24), HiNMPattern(4)
+    generators = [seeded(3), seeded(3)]
+    first = search(saliency, pattern, generator=generators[0])
+    (entry,) = cache_folder.iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o600
+    assert cache_folder.stat().st_mode & 0o777 == 0o700
+    no_search()
+    second = search(saliency.clone(), pattern, generator=generators[1])
+    assert torch.equal(first.layout.output_order, second.layout.output_order)
+    assert torch.equal(first.layout.vector_index, second.layout.vector_index)
+    assert first.retained == second.retained
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"saliency": structured(32, 24, seed=1)},
+        {"saliency": structured(32, 24).double()},
+        {"pattern": HiNMPattern(4, 0.5, 1, 4)},
+        {"pattern": HiNMPattern(4, window=8)},
+        {"method": "gyro"},
+        {"groups": 2},
+        {"generator": 1},
+        {"output_order": torch.arange(32)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_question_is_searched(cache_folder, no_search, change):
+    asked = {"saliency": structured(32, 24), "pattern": HiNMPattern(4), "generator": 0}
+
+    def ask(question):
+        return search(
+            question.pop("saliency"), question.pop("pattern"), **question | {"generator": seeded(question["generator"])}
+        )
+
+    ask(dict(asked))
+    no_search()
+    with pytest.raises(AssertionError, match="searched again"):
+        ask(asked | change)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "other columns", "illegal"])
+def test_a_damaged_entry_is_thrown_away_and_the_search_runs_again(cache_folder, damage, caplog):
+    saliency, pattern = structured(32, 24), HiNMPattern(4)
+    first = search(saliency, pattern)
+    (entry,) = cache_folder.iterdir()
+    data = bytearray(entry.read_bytes())
+    if damage == "cut":
+        del data[-40:]
+    elif damage == "flipped":
+        data[12] ^= 255
+    elif damage == "emptied":
+        data.clear()
+    else:
+        tensors = load(bytes(data))
+        if damage == "illegal":
+            tensors["vector_index"][0, 0] = 10**6
+        else:  # legal, but not what it says that it retains
+            tensors["vector_index"] = tensors["vector_index"].flip(0)
+        data = save(tensors, {"retained": repr(first.retained)})
+    entry.write_bytes(data)
+    again = search(saliency, pattern)
+    assert torch.equal(again.layout.vector_index, first.layout.vector_index)
+    assert search(saliency, pattern).retained == first.retained
+    assert entry.stat().st_size != len(data) or entry.read_bytes() != bytes(data)
+
+
+def test_a_search_that_a_budget_ended_is_not_kept_and_identity_is_not_worth_it(cache_folder):
+    search(structured(512, 512), HiNMPattern(32), time_budget=0.1)
+    search(structured(32, 24), HiNMPattern(4), time_budget=0)
+    search(structured(32, 24), HiNMPattern(4), method="identity")
+    assert not cache_folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIGHTNING_HINM_CACHE", str(tmp_path / "file" / "layouts"))
+    assert search(structured(32, 24), HiNMPattern(4)).retained > 0
+    assert "takes no layout" in caplog.text
+
+
+def test_the_entries_that_were_not_used_for_longest_make_room(cache_folder, monkeypatch):
+    for seed in range(4):
+        search(structured(32, 24, seed), HiNMPattern(4))
+        entries = sorted(cache_folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        if seed == 0:
+            first, size = entries[0], entries[0].stat().st_size
+            monkeypatch.setattr("lightning_hinm.gyro.cache.MOST_BYTES", 3 * size + 100)
+        os.utime(entries[-1], ns=(seed * 10**9, seed * 10**9))
+    assert len(list(cache_folder.iterdir())) == 3
+    assert not first.exists()
+
+
+def test_off_writes_nothing_and_the_default_is_below_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    search(structured(32, 24), HiNMPattern(4))  # off, as all tests are
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("LIGHTNING_HINM_CACHE")
+    search(structured(32, 24), HiNMPattern(4))
+    assert len(list((tmp_path / "lightning-hinm" / "layouts").iterdir())) == 1

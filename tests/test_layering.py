@@ -45,7 +45,7 @@ ONLY_IN: dict[str, set[str]] = {
     "lightning": {"__main__", "callback"},
     "matplotlib": set(),
     "pytorch_lightning": set(),
-    "safetensors": {"format"},
+    "safetensors": {"format", "gyro"},
     "scipy": {"gyro"},
     "torch.fx": {"passes", "backend"},
     "torchmetrics": {"metrics"},

@@ -3,11 +3,13 @@
 ``"gyro"`` is the loop of arXiv 2407.20496, ``"exchange"`` is ours.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_hinm.gyro import cache
 from lightning_hinm.gyro.exchange import gyro_exchange
 from lightning_hinm.gyro.paper import gyro_paper
 from lightning_hinm.gyro.problem import Clock, Problem
@@ -72,6 +74,8 @@ def search(
 ) -> SearchResult:
     """``gyro_permute`` for one layer, with what training needs.
 
+    A search that ran to its end is kept on disk, and not run again (``gyro.cache``).
+
     Args:
         saliency: non-negative, ``[O, I]``.
         pattern: the pattern to search for.
@@ -92,24 +96,50 @@ def search(
     check_saliency(saliency)
     clock = Clock(time_budget)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
+    key = None
+    if method != "identity" and not clock.expired():
+        tensors = {"saliency": saliency, "generator": generator.get_state(), "order": output_order, "within": within}
+        key = cache.key_of(pattern, method, groups, tensors)
+        entry = cache.read(key, pattern, saliency.shape, groups)
+        if entry is not None:
+            value = retained(saliency, hinm_mask(saliency, entry.layout))
+            if math.isclose(value, entry.retained, rel_tol=1e-9):
+                generator.set_state(entry.generator)
+                return SearchResult(entry.layout, value, clock.seconds, ended_by_budget=False)
+            cache.forget(key)
+    layout = _search_groups(saliency, pattern, groups, method, generator, clock, output_order, within)
+    value = retained(saliency, hinm_mask(saliency, layout))
+    if key is not None and not clock.ended:
+        cache.write(key, cache.Entry(layout, value, generator.get_state()))
+    return SearchResult(layout, value, clock.seconds, clock.ended)
+
+
+def _search_groups(
+    saliency: Tensor,
+    pattern: HiNMPattern,
+    groups: int,
+    method: str,
+    generator: torch.Generator,
+    clock: Clock,
+    output_order: Tensor | None,
+    within: Tensor | None,
+) -> HiNMLayout:
+    """Each group of a convolution by itself."""
     rows = saliency.shape[0] // groups
     orders, indices = [], []
     for group in range(groups):
         part = slice(group * rows, (group + 1) * rows)
         fixed = None if output_order is None else output_order[part] - group * rows
-        if group and clock.budget is not None:
-            # what is left, shared by the groups to come
-            own = Clock((clock.budget - clock.seconds) / (groups - group))
-        else:
-            own = Clock(None if clock.budget is None else clock.budget / groups)
+        # what is left, shared by the groups to come
+        left = None if clock.budget is None else max(clock.budget - clock.seconds, 0.0) / (groups - group)
+        own = Clock(left)
         order, index = _search_matrix(
             saliency[part], pattern, method, generator, own, fixed, None if within is None else within[part]
         )
         clock.ended |= own.ended
         orders.append(order + group * rows)
         indices.append(index)
-    layout = HiNMLayout(pattern, torch.cat(orders).cpu(), torch.cat(indices).cpu())
-    return SearchResult(layout, retained(saliency, hinm_mask(saliency, layout)), clock.seconds, clock.ended)
+    return HiNMLayout(pattern, torch.cat(orders).cpu(), torch.cat(indices).cpu())
 
 
 def _search_matrix(

@@ -1,0 +1,138 @@
+"""Layouts that were searched before, on the user's disk: the same question is not searched twice.
+
+An entry is one safetensors file, named by the sha256 of all that the answer depends on: the saliency, the pattern, the
+method, the state of the generator, what was fixed, and the code of the search. It is private to the user, written
+atomically, and checked when it is read: one that is damaged is thrown away.
+
+The environment variable ``LIGHTNING_HINM_CACHE`` names another folder, or is ``off``.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_hinm.layout import HiNMLayout, check_layout
+from lightning_hinm.pattern import HiNMPattern
+
+log = logging.getLogger(__name__)
+
+SWITCH = "LIGHTNING_HINM_CACHE"
+MOST_BYTES = 1 << 29  # of all entries; beyond, those that were not used for longest go
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An answer, what it retains, and the state that the search left the generator in."""
+
+    layout: HiNMLayout
+    retained: float
+    generator: Tensor
+
+
+def folder() -> Path | None:
+    """Where entries lie, or None if the cache is switched off."""
+    setting = os.environ.get(SWITCH, "")
+    if setting.lower() == "off":
+        return None
+    if setting:
+        return Path(setting).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "lightning-hinm" / "layouts"
+
+
+def key_of(pattern: HiNMPattern, method: str, groups: int, tensors: dict[str, Tensor | None]) -> str:
+    """The name of the entry for this question; ``tensors`` are what else it depends on, by name."""
+    facts = {"code": _code(), "torch": torch.__version__, "pattern": pattern.to_dict(), "method": method}
+    digest = hashlib.sha256(json.dumps(facts | {"groups": groups}, sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
+        if tensor is not None:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read(key: str, pattern: HiNMPattern, shape: torch.Size, groups: int) -> Entry | None:
+    """The entry of that name, checked; None if there is none, or none that can be used."""
+    from safetensors import SafetensorError, safe_open
+
+    place = folder()
+    path = None if place is None else place / f"{key}.safetensors"
+    try:
+        if path is None or not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            kept = float((file.metadata() or {})["retained"])
+            order, index, generator = (file.get_tensor(name) for name in ("output_order", "vector_index", "generator"))
+        layout = HiNMLayout(pattern, order.to(torch.int64), index.to(torch.int64))
+        check_layout(layout, *shape, groups=groups)
+        torch.Generator().set_state(generator)
+        os.utime(path)  # used just now
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        log.warning("%s cannot be used (%s), so the search runs again. %s=off does without.", path, error, SWITCH)
+        forget(key)
+        return None
+    return Entry(layout, kept, generator)
+
+
+def write(key: str, entry: Entry) -> None:
+    """Keeps an entry. A disk that takes none is no error: the next search just takes as long as this one."""
+    from safetensors.torch import save
+
+    place = folder()
+    if place is None:
+        return
+    layout = entry.layout.to("cpu")
+    tensors = {"output_order": layout.output_order.to(torch.int32), "vector_index": layout.vector_index.to(torch.int32)}
+    data = save({**tensors, "generator": entry.generator}, {"retained": repr(entry.retained)})
+    temporary = None
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, temporary = tempfile.mkstemp(dir=place, suffix=".part")  # only the user may read it
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(temporary, place / f"{key}.safetensors")
+        temporary = None
+        _make_room(place)
+    except OSError as error:
+        log.warning("%s takes no layout (%s): the search will run again. %s=off says nothing.", place, error, SWITCH)
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def forget(key: str) -> None:
+    """Removes an entry, if it can be removed."""
+    place = folder()
+    if place is not None:
+        try:
+            (place / f"{key}.safetensors").unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", key, error)
+
+
+def _make_room(place: Path) -> None:
+    entries = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in place.glob("*.safetensors"))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in entries[:-1]:
+        if total <= MOST_BYTES:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+@functools.cache
+def _code() -> str:
+    """What the search is made of: another version may find another layout."""
+    files = [
+        *Path(__file__).parent.glob("*.py"),
+        *(Path(__file__).parents[1] / f"{name}.py" for name in ("mask", "pattern")),
+    ]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
