@@ -554,3 +554,37 @@ def test_off_writes_nothing_and_the_default_is_below_the_users_cache(tmp_path, m
     monkeypatch.delenv("LIGHTNING_HINM_CACHE")
     search(structured(32, 24), HiNMPattern(4))
     assert len(list((tmp_path / "lightning-hinm" / "layouts").iterdir())) == 1
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_gap_closed_is_nought_at_identity_and_one_at_the_unstructured_mask():
+    saliency, pattern = structured(32, 24), HiNMPattern(4)
+    assert search(saliency, pattern, method="identity").gap_closed == 0.0
+    found = search(saliency, pattern)
+    kept = round(saliency.numel() * (1 - pattern.sparsity))
+    best = saliency.flatten().topk(kept).values.sum().item() / saliency.sum().item()
+    low = search(saliency, pattern, method="identity").retained
+    assert found.gap_closed == pytest.approx((found.retained - low) / (best - low), rel=1e-5)
+    assert search(torch.ones(32, 24), pattern).gap_closed == 1.0
+
+
+@pytest.mark.parametrize("method", ["gyro", "exchange"])
+def test_a_long_search_reports_how_much_of_the_gap_it_has_closed_so_far(method, monkeypatch):
+    monkeypatch.setattr("lightning_hinm.gyro.problem.SECONDS_BETWEEN_REPORTS", 0.0)
+    saliency, told = structured(64, 48), []
+    result = search(saliency, HiNMPattern(16), method=method, groups=2, progress=told.append)
+    assert len(told) > 4
+    assert all(one.seconds <= two.seconds for one, two in itertools.pairwise(told[: len(told) // 2]))
+    assert told[-1].gap_closed <= 1
+    alone = search(saliency[32:], HiNMPattern(16), method=method, groups=1, generator=seeded())
+    assert max(one.retained for one in told) <= 1
+    assert result.gap_closed > 0 < alone.gap_closed
+
+
+def test_a_report_does_not_change_the_result(monkeypatch):
+    monkeypatch.setattr("lightning_hinm.gyro.problem.SECONDS_BETWEEN_REPORTS", 0.0)
+    saliency, pattern = structured(64, 48), HiNMPattern(16)
+    silent, told = search(saliency, pattern), search(saliency, pattern, progress=lambda progress: None)
+    assert torch.equal(silent.layout.vector_index, told.layout.vector_index)

@@ -4,6 +4,7 @@ import weakref
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,15 @@ from lightning_hinm.callback.state import (
     read_state,
     targets_of,
 )
-from lightning_hinm.callback.update import Choice, gather_taylor_, record_, saliency_of, search_layers, settle_saliency_
+from lightning_hinm.callback.update import (
+    Choice,
+    gather_taylor_,
+    record_,
+    saliency_of,
+    search_layers,
+    settle_saliency_,
+    tell_progress,
+)
 from lightning_hinm.gyro import METHODS, search
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import choose_vectors, hinm_mask
@@ -158,6 +167,7 @@ class HiNMPruning(Callback):
                 time_budget=time_budget,
                 output_order=None if layout is None else layout.output_order,
                 within=within,
+                progress=partial(tell_progress, layer),
             )
             layout, ended = found.layout, found.ended_by_budget
         order, index = layout.output_order, layout.vector_index

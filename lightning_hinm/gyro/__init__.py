@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,30 @@ SMALL = 1 << 14
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A layout, what it retains, and what it took to find it."""
+    """A layout, what it retains, and what it took to find it.
+
+    Args:
+        layout: on the CPU.
+        retained: of the saliency.
+        gap_closed: how far ``retained`` came from ``"identity"``, 0, to an unstructured mask that keeps as many, 1.
+        seconds: that it took; next to none where the layout was kept on disk.
+        ended_by_budget: whether the time budget cut it short.
+    """
 
     layout: HiNMLayout
     retained: float
+    gap_closed: float
     seconds: float
     ended_by_budget: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a search that takes long: as in ``SearchResult``, so far."""
+
+    seconds: float
+    retained: float
+    gap_closed: float
 
 
 def gyro_permute(
@@ -71,6 +90,7 @@ def search(
     time_budget: float | None = None,
     output_order: Tensor | None = None,
     within: Tensor | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
     """``gyro_permute`` for one layer, with what training needs.
 
@@ -85,6 +105,7 @@ def search(
         time_budget: as in ``gyro_permute``.
         output_order: int64 ``[O]``; given, rows stay as it says and only the vectors are searched.
         within: bool ``[O, I]``, the mask in force with that ``output_order``: only columns that a tile still keeps.
+        progress: called every few seconds; for each group of a convolution by itself.
 
     Raises:
         ValueError: as in ``gyro_permute``.
@@ -105,13 +126,14 @@ def search(
             value = retained(saliency, hinm_mask(saliency, entry.layout))
             if math.isclose(value, entry.retained, rel_tol=1e-9):
                 generator.set_state(entry.generator)
-                return SearchResult(entry.layout, value, clock.seconds, ended_by_budget=False)
+                gap = _Gap(saliency, pattern).closed(value)
+                return SearchResult(entry.layout, value, gap, clock.seconds, ended_by_budget=False)
             cache.forget(key)
-    layout = _search_groups(saliency, pattern, groups, method, generator, clock, output_order, within)
+    layout = _search_groups(saliency, pattern, groups, method, generator, clock, output_order, within, progress)
     value = retained(saliency, hinm_mask(saliency, layout))
     if key is not None and not clock.ended:
         cache.write(key, cache.Entry(layout, value, generator.get_state()))
-    return SearchResult(layout, value, clock.seconds, clock.ended)
+    return SearchResult(layout, value, _Gap(saliency, pattern).closed(value), clock.seconds, clock.ended)
 
 
 def _search_groups(
@@ -123,6 +145,7 @@ def _search_groups(
     clock: Clock,
     output_order: Tensor | None,
     within: Tensor | None,
+    progress: Callable[[Progress], None] | None,
 ) -> HiNMLayout:
     """Each group of a convolution by itself."""
     rows = saliency.shape[0] // groups
@@ -133,9 +156,8 @@ def _search_groups(
         # what is left, shared by the groups to come
         left = None if clock.budget is None else max(clock.budget - clock.seconds, 0.0) / (groups - group)
         own = Clock(left)
-        order, index = _search_matrix(
-            saliency[part], pattern, method, generator, own, fixed, None if within is None else within[part]
-        )
+        inside = None if within is None else within[part]
+        order, index = _search_matrix(saliency[part], pattern, method, generator, own, fixed, inside, progress)
         clock.ended |= own.ended
         orders.append(order + group * rows)
         indices.append(index)
@@ -150,6 +172,7 @@ def _search_matrix(
     clock: Clock,
     output_order: Tensor | None,
     within: Tensor | None,
+    progress: Callable[[Progress], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """``(output_order, vector_index)`` of one matrix: the best of identity and what the method finds."""
     peak = saliency.max()
@@ -158,7 +181,15 @@ def _search_matrix(
     first = torch.arange(saliency.shape[0], device=saliency.device) if fixed is None else fixed
     candidates = [(first, choose_vectors(saliency, pattern, first, within=within))]
     if method != "identity" and not clock.expired():
-        problem = Problem(scaled, pattern, generator, clock, fixed, within)
+        report = None
+        if progress is not None:
+            gap = _Gap(saliency, pattern)
+
+            def report(order: Tensor, index: Tensor) -> None:
+                value = retained(saliency, hinm_mask(saliency, HiNMLayout(pattern, order, index)))
+                progress(Progress(clock.seconds, value, gap.closed(value)))
+
+        problem = Problem(scaled, pattern, generator, clock, fixed, within, report)
         if method == "gyro" or (saliency.numel() <= SMALL and fixed is None):
             candidates.append(gyro_paper(problem, *candidates[0]))
         if method == "exchange" and not clock.expired():
@@ -166,6 +197,24 @@ def _search_matrix(
     layouts = [(order, _ascending_groups(index, pattern)) for order, index in candidates]
     values = [retained(saliency, hinm_mask(saliency, HiNMLayout(pattern, *layout))) for layout in layouts]
     return layouts[values.index(max(values))]
+
+
+class _Gap:
+    """Between identity and an unstructured mask that keeps as many."""
+
+    def __init__(self, saliency: Tensor, pattern: HiNMPattern) -> None:
+        order = torch.arange(saliency.shape[0], device=saliency.device)
+        mask = hinm_mask(saliency, HiNMLayout(pattern, order, choose_vectors(saliency, pattern, order)))
+        self.low, flat, kept = retained(saliency, mask), saliency.flatten(), int(mask.sum())
+        least = flat.kthvalue(flat.numel() - kept + 1).values
+        over = flat > least
+        ties = (kept - int(over.sum())) * least.item()
+        total = flat.sum(dtype=torch.float64).item()
+        self.high = (flat[over].sum(dtype=torch.float64).item() + ties) / total if total else 1.0
+
+    def closed(self, value: float) -> float:
+        """0 at identity, 1 where nothing better is possible; 1 too where identity is best."""
+        return (value - self.low) / (self.high - self.low) if self.high > self.low else 1.0
 
 
 def _ascending_groups(index: Tensor, pattern: HiNMPattern) -> Tensor:

@@ -71,6 +71,7 @@ def _anneal_rows(problem: Problem, order: Tensor) -> Tensor:
             # Places of the block's tiles in the order of ``block``, and the rows that go there
             moved[at] = order[at[tile.argsort(stable=True)]]
         order = moved
+        problem.tell(order)
     return order
 
 

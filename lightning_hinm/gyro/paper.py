@@ -43,6 +43,7 @@ def _gyro_rows(problem: Problem, order: Tensor) -> Tensor:
                 tiles, best, failures = moved, value, 0
             else:
                 failures += 1
+            problem.tell(torch.cat((tiles.flatten(), tail)))
     return torch.cat((tiles.flatten(), tail))
 
 

@@ -5,6 +5,7 @@ one run of columns) of W columns and K slots, each slot holding one kept column.
 """
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_hinm.mask import tile_rows
+from lightning_hinm.mask import choose_vectors, tile_rows
 from lightning_hinm.pattern import HiNMPattern
 
 # A draw that gains nothing says little about the next one: a search of draws ends after this many failures in a row.
@@ -26,6 +27,10 @@ GROUPS = 256
 BARRED = -1e6
 
 
+# Between two reports of a long search.
+SECONDS_BETWEEN_REPORTS = 5.0
+
+
 @dataclass
 class Clock:
     """A time budget: ``expired()`` remembers that it was ever true."""
@@ -33,6 +38,7 @@ class Clock:
     budget: float | None
     start: float = field(default_factory=time.monotonic)
     ended: bool = False
+    reported: float = 0.0  # seconds, at the last report
 
     def expired(self) -> bool:
         self.ended = self.ended or (self.budget is not None and self.seconds >= self.budget)
@@ -58,6 +64,14 @@ class Problem:
     clock: Clock
     output_order: Tensor | None
     within: Tensor | None
+    report: Callable[[Tensor, Tensor], None] | None = None
+
+    def tell(self, order: Tensor, index: Tensor | None = None) -> None:
+        """Reports the layout so far, every few seconds; without an index, with the columns of the largest sums."""
+        if self.report is None or self.clock.seconds - self.clock.reported < SECONDS_BETWEEN_REPORTS:
+            return
+        self.report(order, choose_vectors(self.saliency, self.pattern, order) if index is None else index)
+        self.clock.reported = self.clock.seconds
 
     def noise(self, *shape: int) -> Tensor:
         """Normal noise, drawn on the CPU so that every device sees the same."""
@@ -168,6 +182,7 @@ def assign_vectors(
             blocks = Blocks(points, local[:, : groups * m].unflatten(1, (groups, m)), free if pruned else None)
             blocks.assign(problem, draws, least)
             index[t : t + step, held][:, : groups * m] = blocks.slots.flatten(1) + first
+            problem.tell(order, index)
     return index
 
 
