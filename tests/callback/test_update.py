@@ -64,6 +64,22 @@ def test_two_processes_agree_on_every_mask_layout_and_weight(tmp_path: Path) -> 
         assert not ranks[0]["weights"][f"{name}.weight"][~mask].any()
 
 
+@pytest.mark.filterwarnings("ignore")  # of two spawned processes
+def test_two_processes_find_bit_for_bit_what_one_finds(tmp_path: Path) -> None:
+    def run(folder: Path, **settings: Any) -> None:
+        folder.mkdir()
+        callback = pruning_of(method="exchange", saliency="magnitude", schedule=ONE_SHOT)
+        trainer_of(callback, Deposit(callback, folder), **settings).fit(Tiny(), Batches())
+
+    run(tmp_path / "one")
+    run(tmp_path / "two", strategy=DDPStrategy(start_method="spawn", process_group_backend="gloo"), devices=2)
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one/0.pt", "two/1.pt"))
+    assert one["masks"].keys() == two["masks"].keys() != set()
+    for kind in ("masks", "orders", "indices"):
+        for name, tensor in one[kind].items():
+            assert torch.equal(tensor, two[kind][name])
+
+
 def ranks_of(strategy: Any, rank: int = 0) -> Any:
     """A trainer as one of two ranks sees it."""
     return SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)

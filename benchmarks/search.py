@@ -1,0 +1,318 @@
+"""The permutation search: what it retains, in what time and memory.
+
+    python -m benchmarks.search                   all parts, JSON and plot (about half an hour on two cores)
+    python -m benchmarks.search rows all          some parts: rows, all, gaps, large, growth, plot
+
+rows    layer 2 of MiniLM against the paper's loop and a plain prototype: retained, seconds, memory, moves per second
+all     the 36 encoder matrices of MiniLM, V = 64, 75 %, and how much sooner the default has what gyro ends with
+gaps    the gap closed over patterns and windows: the default on all 36 matrices, the prototype on those of one layer
+large   larger layers, of random numbers with a spread of rows and columns
+growth  seconds of one round of the annealing, and of all that follows it, by size
+plot    retained against the time budget
+
+Saliency is the magnitude. Nothing is read from or written to the cache on disk.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from benchmarks.cpu import commit
+from benchmarks.prototype import prototype
+from lightning_hinm import HiNMPattern, hinm_mask
+from lightning_hinm.gyro import SearchResult, exchange, problem, search
+from lightning_hinm.mask import retained
+from recipes.assets import read_member
+from recipes.minilm import MODEL
+
+Row = dict[str, Any]
+LAYER_2 = ("attention.self.query", "intermediate.dense", "output.dense")
+LARGE = [(3072, 768, None), (768, 3072, None), (512, 4608, None), (11008, 4096, 256)]
+BUDGETED = [(11008, 4096, None, 120.0)]
+GROWTH = [(512, 1024), (1024, 2048), (2048, 4096), (4096, 4096), (8192, 4096), (11008, 4096)]
+
+
+def minilm() -> dict[str, Tensor]:
+    """Magnitudes of the 36 encoder matrices, by name."""
+    weights = load(read_member(*MODEL))
+    return {
+        name.removeprefix("encoder.layer.").removesuffix(".weight"): weight.float().abs()
+        for name, weight in weights.items()
+        if name.startswith("encoder.layer.") and weight.dim() == 2
+    }
+
+
+def random_layer(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Magnitudes of a layer whose rows and columns differ in scale, as those of trained layers do."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).abs_()
+    weight *= torch.rand(rows, 1, generator=generator) + 0.1
+    return weight.mul_(torch.rand(1, columns, generator=generator) + 0.1)
+
+
+class Moves:
+    """Counts the rows and vectors whose place a search decides anew, by wrapping the functions that do."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        def wrap(owner: Any, name: str, moves: Callable[..., int]) -> None:
+            inner = getattr(owner, name)
+
+            def counting(*arguments: Any) -> Any:
+                self.count += moves(*arguments)
+                return inner(*arguments)
+
+            setattr(owner, name, counting)
+            undo.callback(setattr, owner, name, inner)
+
+        with ExitStack() as undo:
+            wrap(exchange, "_balance", lambda values, *_: values.shape[0])
+            wrap(exchange, "_move_rows", lambda _, order, *__: order.numel())
+            wrap(problem.Blocks, "draw", lambda blocks, _, active: active.numel() * blocks.slots.shape[1])
+            yield
+
+
+@contextmanager
+def peak_memory(row: Row) -> Iterator[None]:
+    """Peak resident megabytes above those at the start; Linux only, else None."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    row["peak_mb"] = None
+    if not reset.exists():
+        yield
+        return
+    reset.write_text("5")
+    before = _kilobytes(status, "VmRSS")
+    yield
+    row["peak_mb"] = (_kilobytes(status, "VmHWM") - before) / 1024
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+
+def run(saliency: Tensor, pattern: HiNMPattern, budget: float | None = None) -> Row:
+    """The default search, with all that is reported of it."""
+    moves, row = Moves(), pattern_row(saliency, pattern)
+    with peak_memory(row), moves.counted():
+        result = search(saliency, pattern, time_budget=budget)
+    return row | numbers(result) | {"moves_per_second": moves.count / result.seconds}
+
+
+def pattern_row(saliency: Tensor, pattern: HiNMPattern) -> Row:
+    return {"shape": list(saliency.shape), "vector_size": pattern.vector_size, "sparsity": pattern.sparsity,
+            "window": pattern.window}  # fmt: skip
+
+
+def numbers(result: SearchResult) -> Row:
+    return {"retained": result.retained, "gap_closed": result.gap_closed, "seconds": result.seconds}
+
+
+def part_rows(matrices: dict[str, Tensor]) -> list[Row]:
+    rows = []
+    for name in LAYER_2:
+        saliency = matrices[f"2.{name}"]
+        for v in (32, 64):
+            for vector_sparsity in (0.5, 0.75):
+                pattern = HiNMPattern(v, vector_sparsity, window=None)
+                row: Row = {"name": name, **run(saliency, pattern)}
+                row["identity"] = search(saliency, pattern, method="identity").retained
+                row["gyro"] = numbers(search(saliency, pattern, method="gyro"))
+                layout, seconds = prototype(saliency, pattern)
+                kept = retained(saliency, hinm_mask(saliency, layout))
+                row["prototype"] = {"retained": kept, "seconds": seconds}
+                rows.append(row)
+                shape, proto = "x".join(map(str, saliency.shape)), row["prototype"]
+                print(f"{shape:10} V={v} {pattern.sparsity:.1%}  identity {row['identity']:.4f}  gyro "
+                      f"{row['gyro']['retained']:.4f} {row['gyro']['seconds']:5.1f} s  prototype {kept:.4f} "
+                      f"{proto['seconds']:5.1f} s  exchange {row['retained']:.4f} {row['seconds']:4.2f} s  gap closed "
+                      f"{row['gap_closed']:.2f}  {row['peak_mb']:.0f} MB  {row['moves_per_second']:,.0f} moves/s",
+                      flush=True)  # fmt: skip
+    return rows
+
+
+def part_all(matrices: dict[str, Tensor]) -> list[Row]:
+    pattern, rows = HiNMPattern(64, 0.5, window=None), []
+    for name, saliency in matrices.items():
+        row: Row = {"name": name, **pattern_row(saliency, pattern), **numbers(search(saliency, pattern))}
+        row["gyro"] = numbers(search(saliency, pattern, method="gyro"))
+        row["seconds_to_gyro"] = seconds_to(saliency, pattern, row["gyro"]["retained"], row["seconds"])
+        rows.append(row)
+    total, gyro = sum(row["seconds"] for row in rows), sum(row["gyro"]["seconds"] for row in rows)
+    sooner = sum(row["seconds_to_gyro"] for row in rows)
+    worse = [row["name"] for row in rows if row["retained"] < row["gyro"]["retained"]]
+    print(f"36 matrices: exchange {total:.1f} s, gyro {gyro:.1f} s; exchange retains what gyro ends with after "
+          f"{sooner:.1f} s in all, {gyro / sooner:.1f} times sooner; worse than gyro on {len(worse)}")  # fmt: skip
+    for shape in sorted({tuple(row["shape"]) for row in rows}):
+        same = [row for row in rows if tuple(row["shape"]) == shape]
+        own, other = (statistics.median(row["seconds"] for row in part) for part in (same, [r["gyro"] for r in same]))
+        ratio = statistics.median(row["gyro"]["seconds"] / row["seconds_to_gyro"] for row in same)
+        print(f"  {shape[0]}x{shape[1]}: exchange {own:.2f} s, gyro {other:.2f} s, {ratio:.1f} times sooner")
+    return rows
+
+
+def seconds_to(saliency: Tensor, pattern: HiNMPattern, value: float, most: float) -> float:
+    """Of the smallest time budget, in steps of a quarter, with which the default retains ``value``."""
+    budget = 0.02
+    while budget < most:
+        result = search(saliency, pattern, time_budget=budget)
+        if result.retained >= value:
+            return result.seconds
+        budget *= 1.25
+    return most
+
+
+def part_gaps(matrices: dict[str, Tensor]) -> list[Row]:
+    rows = []
+    for window in (None, 256, 128):
+        for v in (32, 64, 128):
+            for vector_sparsity in (0.5, 0.75, 0.875):
+                pattern = HiNMPattern(v, vector_sparsity, window=window)
+                row: Row = {"vector_size": v, "sparsity": pattern.sparsity, "window": window}
+                results = [search(saliency, pattern) for saliency in matrices.values()]
+                row["gap_closed"] = statistics.fmean(result.gap_closed for result in results)
+                row["seconds"] = sum(result.seconds for result in results)
+                one_layer = {name: result for name, result in zip(matrices, results, strict=True)
+                             if name in {"2.attention.self.query", "2.output.dense"}}  # fmt: skip
+                row["gap_closed_of_two"] = statistics.fmean(result.gap_closed for result in one_layer.values())
+                closed = []
+                for name, result in one_layer.items():
+                    low = search(matrices[name], pattern, method="identity").retained
+                    unstructured = low + (result.retained - low) / result.gap_closed
+                    layout, _ = prototype(matrices[name], pattern)
+                    value = retained(matrices[name], hinm_mask(matrices[name], layout))
+                    closed.append((value - low) / (unstructured - low))
+                row["prototype_of_two"] = statistics.fmean(closed)
+                rows.append(row)
+                print(f"V={v} {pattern.sparsity:.1%} window {window}: gap closed {row['gap_closed']:.3f} on 36, "
+                      f"{row['gap_closed_of_two']:.3f} on two (prototype {row['prototype_of_two']:.3f}), "
+                      f"{row['seconds']:.1f} s", flush=True)  # fmt: skip
+    return rows
+
+
+def part_large(matrices: dict[str, Tensor]) -> list[Row]:
+    rows = []
+    for height, width, window, budget in [*((*case, None) for case in LARGE), *BUDGETED]:
+        saliency = random_layer(height, width)
+        row = run(saliency, HiNMPattern(64, 0.5, window=window), budget)
+        row["budget"], row["matrix_mb"] = budget, saliency.nbytes / 2**20
+        rows.append(row)
+        print(f"{height}x{width} window {window} budget {budget}: retained {row['retained']:.4f}, gap closed "
+              f"{row['gap_closed']:.3f}, {row['seconds']:.1f} s, {row['peak_mb']:.0f} MB above the matrix of "
+              f"{row['matrix_mb']:.0f} MB", flush=True)  # fmt: skip
+    return rows
+
+
+def part_growth(matrices: dict[str, Tensor]) -> list[Row]:
+    """A round's cost is the difference between two searches that differ in their number of rounds."""
+    rows, before = [], (exchange.ROUNDS, exchange.FEWEST)
+    for height, width in GROWTH:
+        saliency, pattern = random_layer(height, width), HiNMPattern(64, 0.5, window=256)
+        seconds = []
+        for count in (4, 12):
+            exchange.ROUNDS = exchange.FEWEST = count
+            seconds.append(search(saliency, pattern).seconds)
+        row: Row = {"shape": [height, width], "window": 256, "seconds_a_round": (seconds[1] - seconds[0]) / 8}
+        row["nanoseconds_a_round_and_weight"] = row["seconds_a_round"] / saliency.numel() * 1e9
+        row["seconds_of_the_rest"] = seconds[0] - 4 * row["seconds_a_round"]
+        rows.append(row)
+        print(f"{height}x{width}: {row['seconds_a_round'] * 1e3:.1f} ms a round, "
+              f"{row['nanoseconds_a_round_and_weight']:.2f} ns a weight; all the rest "
+              f"{row['seconds_of_the_rest']:.1f} s", flush=True)  # fmt: skip
+    exchange.ROUNDS, exchange.FEWEST = before
+    return rows
+
+
+def part_plot(matrices: dict[str, Tensor]) -> list[Row]:
+    """What each method retains when it is stopped after a time."""
+    rows = []
+    layers = [(name, matrices[f"2.{name}"]) for name in LAYER_2] + [("random 1024x1024", random_layer(1024, 1024))]
+    for name, saliency in layers:
+        pattern = HiNMPattern(64, 0.5, window=None)
+        for method in ("identity", "gyro", "exchange"):
+            whole = search(saliency, pattern, method=method)
+            points, budget = [], 0.01
+            while method != "identity" and budget < whole.seconds:
+                result = search(saliency, pattern, method=method, time_budget=budget)
+                points.append((result.seconds, result.retained))
+                budget *= 1.6
+            points.append((whole.seconds, whole.retained))
+            rows.append({"name": name, "shape": list(saliency.shape), "method": method, "points": points})
+        print(f"plot: {name}", flush=True)
+    return rows
+
+
+def draw_plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure, panels = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.4), layout="constrained")
+    colours = {"identity": "#888888", "gyro": "#d08a2e", "exchange": "#2f5d9b"}
+    for name, axes in zip(names, panels, strict=True):
+        same = [row for row in rows if row["name"] == name]
+        for row in same:
+            times, values = zip(*row["points"], strict=True)
+            if row["method"] == "identity":
+                axes.axhline(values[0], color=colours["identity"], linestyle="--", label="identity")
+            else:
+                axes.plot(times, values, color=colours[row["method"]], marker=".", label=row["method"])
+        axes.set_xscale("log")
+        axes.set_title(f"{name}\n{'x'.join(map(str, same[0]['shape']))}", fontsize=9)
+        axes.set_xlabel("seconds")
+    panels[0].set_ylabel("retained saliency")
+    panels[0].legend(fontsize=8)
+    figure.suptitle("Retained when stopped after a time: 75 %, V = 64, no window", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+PARTS = {"rows": part_rows, "all": part_all, "gaps": part_gaps, "large": part_large, "growth": part_growth,
+         "plot": part_plot}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help="which; all of them without any")
+    parser.add_argument(
+        "--out", type=Path, default=Path("search-results"), help="folder for search.json and search.png"
+    )
+    options = parser.parse_args()
+    unknown = set(options.parts) - PARTS.keys()
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    os.environ["LIGHTNING_HINM_CACHE"] = "off"
+    facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    facts |= {"cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit(), "load_before": os.getloadavg()[0]}
+    print("  ".join(f"{name} {value}" for name, value in facts.items()))
+    matrices = minilm()
+    search(random_layer(64, 64), HiNMPattern(16))  # loads what is loaded once
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "search.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.parts or PARTS:
+        start = time.monotonic()
+        rows = PARTS[name](matrices)
+        found[name] = {"facts": facts, "seconds": round(time.monotonic() - start, 1), "rows": rows}
+        path.write_text(json.dumps(found, indent=1) + "\n")  # after every part: a run that is cut short has shown it
+        if name == "plot":
+            draw_plot(rows, options.out / "search.png")
+
+
+if __name__ == "__main__":
+    main()
