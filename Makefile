@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: setup test test-all lint demo demo-cnn benchmark
+.PHONY: setup test test-all lint demo demo-cnn benchmark benchmark-search
 
 setup: .venv/.installed
 
@@ -31,3 +31,6 @@ demo-cnn: setup
 
 benchmark: setup
 	$(PYTHON) benchmarks/cpu.py $(ARGS)
+
+benchmark-search: setup
+	$(PYTHON) -m benchmarks.search $(ARGS)

@@ -62,12 +62,16 @@ def gyro_permute(
 ) -> HiNMLayout:
     """The layout that retains the most saliency that ``method`` finds, never less than ``"identity"``.
 
+    Any shape is taken: fewer rows than a tile are one tile, a window that does not divide the columns leaves a shorter
+    last run (``HiNMPattern.runs``), and a saliency of zeros is answered with identity. A result is kept on disk unless
+    ``LIGHTNING_HINM_CACHE=off`` (``gyro.cache``).
+
     Args:
         saliency: non-negative, ``[O, I]``, on any device.
         pattern: the pattern to search for.
         method: ``"identity"`` keeps the rows where they are and the columns with the largest sums in each tile;
-            ``"gyro"`` is the loop of arXiv 2407.20496; ``"exchange"`` moves rows by exact transport and vectors by
-            exact exchanges, and is the best.
+            ``"gyro"`` is the loop of arXiv 2407.20496; ``"exchange"`` anneals rows on a stand-in for what survives and
+            assigns vectors exactly, many at once, and is the best.
         generator: randomness, on the CPU; None seeds one with 0. Same generator state, same machine: same layout.
         time_budget: seconds after which the best layout so far is returned; 0 gives identity, None no limit.
 
