@@ -343,7 +343,7 @@ def main() -> int:
     logging.getLogger("lightning_hinm").setLevel(logging.WARNING)  # it tells of every layer; `explain` does, too
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    os.environ["LIGHTNING_HINM_CACHE"] = "off"  # every search is timed
+    os.environ["LIGHTNING_HINM_LAYOUTS"] = "off"  # every search is timed
     facts = provenance()  # now: a commit made while this runs is not what runs
     start, runs = time.monotonic(), []
     arguments.out.mkdir(parents=True, exist_ok=True)

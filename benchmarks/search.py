@@ -7,7 +7,7 @@ rows    layer 2 of MiniLM against the paper's loop and a plain prototype: retain
 all     the 36 encoder matrices of MiniLM, V = 64, 75 %, and how much sooner the default has what gyro ends with
 gaps    the gap closed over patterns and windows: the default on all 36 matrices, the prototype on those of one layer
 large   larger layers, of random numbers with a spread of rows and columns
-growth  seconds of one round of the annealing, and of all that follows it, by size
+growth  seconds of one round of each kind, by size
 plot    retained against the time budget
 
 Saliency is the magnitude. Nothing is read from or written to the cache on disk.
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from benchmarks.cpu import commit
 from benchmarks.prototype import prototype
 from lightning_hinm import HiNMPattern, hinm_mask
 from lightning_hinm.gyro import SearchResult, exchange, problem, search
-from lightning_hinm.mask import retained
+from lightning_hinm.mask import choose_vectors, retained
 from recipes.assets import read_member
 from recipes.minilm import MODEL
 
@@ -217,23 +218,36 @@ def part_large(matrices: dict[str, Tensor]) -> list[Row]:
 
 
 def part_growth(matrices: dict[str, Tensor]) -> list[Row]:
-    """A round's cost is the difference between two searches that differ in their number of rounds."""
-    rows, before = [], (exchange.ROUNDS, exchange.FEWEST)
+    """Each kind of round by itself, on windows of 256 columns."""
+    rows, before, pattern = [], (exchange.ROUNDS, exchange.FEWEST), HiNMPattern(64, 0.5, window=256)
+    exchange.ROUNDS = exchange.FEWEST = 8
     for height, width in GROWTH:
-        saliency, pattern = random_layer(height, width), HiNMPattern(64, 0.5, window=256)
-        seconds = []
-        for count in (4, 12):
-            exchange.ROUNDS = exchange.FEWEST = count
-            seconds.append(search(saliency, pattern).seconds)
-        row: Row = {"shape": [height, width], "window": 256, "seconds_a_round": (seconds[1] - seconds[0]) / 8}
-        row["nanoseconds_a_round_and_weight"] = row["seconds_a_round"] / saliency.numel() * 1e9
-        row["seconds_of_the_rest"] = seconds[0] - 4 * row["seconds_a_round"]
+        work = problem.Problem(random_layer(height, width), pattern, torch.Generator(), problem.Clock(None), None, None)
+        order = torch.arange(height)
+        index = choose_vectors(work.saliency, pattern, order)
+        ranks = seconds_of(exchange._likely, work.saliency, pattern)
+        vectors = partial(problem.assign_vectors, pruned=True, draws=4)
+        row: Row = {"shape": [height, width], "ranks": ranks}
+        row["annealing"] = (seconds_of(exchange._anneal_rows, work, order) - ranks) / 8
+        row["rows"] = seconds_of(exchange._move_rows, work, order, index)
+        row["vectors"] = seconds_of(vectors, work, order, index) / 4
         rows.append(row)
-        print(f"{height}x{width}: {row['seconds_a_round'] * 1e3:.1f} ms a round, "
-              f"{row['nanoseconds_a_round_and_weight']:.2f} ns a weight; all the rest "
-              f"{row['seconds_of_the_rest']:.1f} s", flush=True)  # fmt: skip
+        kinds = ("annealing", "rows", "vectors")
+        shown = ", ".join(f"{kind} {row[kind] * 1e3:.0f} ms ({row[kind] / height / width * 1e9:.1f} ns a weight)"
+                          for kind in kinds)  # fmt: skip
+        print(f"{height}x{width}: a round of {shown}; ranks once {ranks:.1f} s", flush=True)
     exchange.ROUNDS, exchange.FEWEST = before
     return rows
+
+
+def seconds_of(call: Callable[..., Any], *arguments: Any) -> float:
+    """Median of three."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call(*arguments)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def part_plot(matrices: dict[str, Tensor]) -> list[Row]:
@@ -260,6 +274,7 @@ def draw_plot(rows: list[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     names = list(dict.fromkeys(row["name"] for row in rows))
     figure, panels = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.4), layout="constrained")
@@ -273,6 +288,7 @@ def draw_plot(rows: list[Row], path: Path) -> None:
             else:
                 axes.plot(times, values, color=colours[row["method"]], marker=".", label=row["method"])
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{name}\n{'x'.join(map(str, same[0]['shape']))}", fontsize=9)
         axes.set_xlabel("seconds")
     panels[0].set_ylabel("retained saliency")
@@ -296,7 +312,7 @@ def main() -> None:
     unknown = set(options.parts) - PARTS.keys()
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
-    os.environ["LIGHTNING_HINM_CACHE"] = "off"
+    os.environ["LIGHTNING_HINM_LAYOUTS"] = "off"
     facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     facts |= {"cpu": torch.backends.cpu.get_cpu_capability(), "commit": commit(), "load_before": os.getloadavg()[0]}
     print("  ".join(f"{name} {value}" for name, value in facts.items()))

@@ -7,7 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-os.environ["LIGHTNING_HINM_CACHE"] = "off"  # a search that is tested is a search that runs
+os.environ["LIGHTNING_HINM_LAYOUTS"] = "off"  # a search that is tested is a search that runs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

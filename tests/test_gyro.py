@@ -440,7 +440,7 @@ def test_inverse_of_the_output_order_restores_the_rows():
 
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIGHTNING_HINM_CACHE", str(tmp_path / "layouts"))
+    monkeypatch.setenv("LIGHTNING_HINM_LAYOUTS", str(tmp_path / "layouts"))
     return tmp_path / "layouts"
 
 
@@ -530,7 +530,7 @@ def test_a_search_that_a_budget_ended_is_not_kept_and_identity_is_not_worth_it(c
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("LIGHTNING_HINM_CACHE", str(tmp_path / "file" / "layouts"))
+    monkeypatch.setenv("LIGHTNING_HINM_LAYOUTS", str(tmp_path / "file" / "layouts"))
     assert search(structured(32, 24), HiNMPattern(4)).retained > 0
     assert "takes no layout" in caplog.text
 
@@ -551,7 +551,7 @@ def test_off_writes_nothing_and_the_default_is_below_the_users_cache(tmp_path, m
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     search(structured(32, 24), HiNMPattern(4))  # off, as all tests are
     assert not list(tmp_path.iterdir())
-    monkeypatch.delenv("LIGHTNING_HINM_CACHE")
+    monkeypatch.delenv("LIGHTNING_HINM_LAYOUTS")
     search(structured(32, 24), HiNMPattern(4))
     assert len(list((tmp_path / "lightning-hinm" / "layouts").iterdir())) == 1
 

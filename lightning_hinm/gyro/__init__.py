@@ -64,7 +64,7 @@ def gyro_permute(
 
     Any shape is taken: fewer rows than a tile are one tile, a window that does not divide the columns leaves a shorter
     last run (``HiNMPattern.runs``), and a saliency of zeros is answered with identity. A result is kept on disk unless
-    ``LIGHTNING_HINM_CACHE=off`` (``gyro.cache``).
+    ``LIGHTNING_HINM_LAYOUTS=off`` (``gyro.cache``).
 
     Args:
         saliency: non-negative, ``[O, I]``, on any device.

@@ -4,7 +4,7 @@ An entry is one safetensors file, named by the sha256 of all that the answer dep
 method, the state of the generator, what was fixed, and the code of the search. It is private to the user, written
 atomically, and checked when it is read: one that is damaged is thrown away.
 
-The environment variable ``LIGHTNING_HINM_CACHE`` names another folder, or is ``off``.
+The environment variable ``LIGHTNING_HINM_LAYOUTS`` names another folder, or is ``off``.
 """
 
 import functools
@@ -24,7 +24,7 @@ from lightning_hinm.pattern import HiNMPattern
 
 log = logging.getLogger(__name__)
 
-SWITCH = "LIGHTNING_HINM_CACHE"
+SWITCH = "LIGHTNING_HINM_LAYOUTS"
 MOST_BYTES = 1 << 29  # of all entries; beyond, those that were not used for longest go
 
 
