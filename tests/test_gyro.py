@@ -169,6 +169,34 @@ def test_the_order_of_rows_recovers_hidden_kinds():
     assert values["exchange"] > values["identity"] + 0.08
 
 
+def odd_saliencies():
+    numbers = torch.rand(64, 96, generator=seeded())
+    return {
+        "constant": torch.ones(64, 96),
+        "integers": (numbers * 3).floor(),
+        "heavy tail": numbers**40,
+        "sparse": numbers * (numbers > 0.95),
+        "one row": numbers[:1],
+        "one column": numbers[:, :1],
+        "one live row": torch.zeros(64, 96).index_fill(0, torch.tensor([3]), 1.0),
+        "bfloat16": numbers.bfloat16(),
+        "float16": numbers.half(),
+        "float64": numbers.double(),
+    }
+
+
+@pytest.mark.parametrize("kind", odd_saliencies())
+@pytest.mark.parametrize(
+    "pattern", [HiNMPattern(16), HiNMPattern(16, 0.5, 4, 4), HiNMPattern(256, 0.75, 1, 4)], ids=str
+)
+def test_no_kind_of_saliency_makes_exchange_worse_than_gyro_or_identity(kind, pattern):
+    saliency = odd_saliencies()[kind]
+    identity, gyro, exchange = (search(saliency, pattern, method=m) for m in ("identity", "gyro", "exchange"))
+    check_layout(exchange.layout, *saliency.shape)
+    assert identity.retained <= gyro.retained <= exchange.retained
+    assert 0 <= exchange.gap_closed <= 1 + 1e-9
+
+
 # --- exact forms ------------------------------------------------------------------------------------------------------
 
 

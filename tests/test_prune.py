@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_hinm.gyro import search
 from lightning_hinm.layout import check_layout
 from lightning_hinm.mask import hinm_mask
 from lightning_hinm.pattern import HiNMPattern, to_matrix
@@ -246,3 +248,21 @@ def test_a_matrix_seen_by_the_core_is_a_view_of_the_weight():
     assert layer.matrix.data_ptr() == layer.weight.data_ptr()
     assert torch.equal(layer.to_weight(layer.matrix), layer.weight)
     assert torch.equal(to_matrix(layer.weight, "conv2d"), layer.matrix)
+
+
+def test_an_interrupt_during_the_search_leaves_every_weight_as_it_was(monkeypatch):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    before, searched = copy.deepcopy(model.state_dict()), []
+
+    def interrupted(*args, **settings):
+        if searched:
+            raise KeyboardInterrupt
+        searched.append(search(*args, **settings))
+        return searched[0]
+
+    monkeypatch.setattr(sys.modules["lightning_hinm.prune"], "search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, HiNMPattern(8))
+    assert len(searched) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(layout_of(layer) is None for layer in model)
