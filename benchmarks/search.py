@@ -14,6 +14,7 @@ Saliency is the magnitude. Nothing is read from or written to the cache on disk.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -95,6 +96,7 @@ def peak_memory(row: Row) -> Iterator[None]:
     if not reset.exists():
         yield
         return
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would not be counted when it is used again
     reset.write_text("5")
     before = _kilobytes(status, "VmRSS")
     yield

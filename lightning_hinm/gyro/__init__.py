@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class SearchResult:
         layout: on the CPU.
         retained: of the saliency.
         gap_closed: how far ``retained`` came from ``"identity"``, 0, to an unstructured mask that keeps as many, 1.
-        seconds: that it took; next to none where the layout was kept on disk.
-        ended_by_budget: whether the time budget cut it short.
+        seconds: that it took; few where the layout was kept on disk.
+        ended_by_budget: whether the time budget cut it short, be it by fewer rounds.
     """
 
     layout: HiNMLayout
@@ -72,7 +72,7 @@ def gyro_permute(
         method: ``"identity"`` keeps the rows where they are and the columns with the largest sums in each tile;
             ``"gyro"`` is the loop of arXiv 2407.20496; ``"exchange"`` anneals rows on a stand-in for what survives and
             assigns vectors exactly, many at once, and is the best.
-        generator: randomness, on the CPU; None seeds one with 0. Same generator state, same machine: same layout.
+        generator: randomness, on the CPU; None seeds one with 0. Same state of it, machine and libraries: same layout.
         time_budget: seconds after which the best layout so far is returned; 0 gives identity, None no limit.
 
     Returns:
@@ -109,7 +109,7 @@ def search(
         time_budget: as in ``gyro_permute``.
         output_order: int64 ``[O]``; given, rows stay as it says and only the vectors are searched.
         within: bool ``[O, I]``, the mask in force with that ``output_order``: only columns that a tile still keeps.
-        progress: called every few seconds; for each group of a convolution by itself.
+        progress: called now and then in a long search; what it is told is of one group of a convolution.
 
     Raises:
         ValueError: as in ``gyro_permute``.
@@ -119,25 +119,25 @@ def search(
     if time_budget is not None and not time_budget >= 0:
         raise ValueError(f"time_budget={time_budget}: a budget is at least 0 seconds, or None for no limit.")
     check_saliency(saliency)
-    clock = Clock(time_budget)
+    saliency, clock = saliency.detach(), Clock(time_budget)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     key = None
     if method != "identity" and not clock.expired():
         tensors = {"saliency": saliency, "generator": generator.get_state(), "order": output_order, "within": within}
         key = cache.key_of(pattern, method, groups, tensors)
-        entry = cache.read(key, pattern, saliency.shape, groups)
-        if entry is not None:
+        entry = None if key is None else cache.read(key, pattern, saliency.shape, groups)
+        if key is not None and entry is not None:
             value = retained(saliency, hinm_mask(saliency, entry.layout))
             if math.isclose(value, entry.retained, rel_tol=1e-9):
                 generator.set_state(entry.generator)
-                gap = _Gap(saliency, pattern).closed(value)
-                return SearchResult(entry.layout, value, gap, clock.seconds, ended_by_budget=False)
+                return SearchResult(entry.layout, value, entry.gap_closed, clock.seconds, ended_by_budget=False)
             cache.forget(key)
     layout = _search_groups(saliency, pattern, groups, method, generator, clock, output_order, within, progress)
     value = retained(saliency, hinm_mask(saliency, layout))
+    gap = _Gap(saliency, pattern).closed(value)
     if key is not None and not clock.ended:
-        cache.write(key, cache.Entry(layout, value, generator.get_state()))
-    return SearchResult(layout, value, _Gap(saliency, pattern).closed(value), clock.seconds, clock.ended)
+        cache.write(key, cache.Entry(layout, value, gap, generator.get_state()))
+    return SearchResult(layout, value, gap, clock.seconds, clock.ended)
 
 
 def _search_groups(
@@ -154,6 +154,11 @@ def _search_groups(
     """Each group of a convolution by itself."""
     rows = saliency.shape[0] // groups
     orders, indices = [], []
+
+    def tell(of_group: Progress) -> None:
+        if progress is not None:
+            progress(replace(of_group, seconds=clock.seconds))
+
     for group in range(groups):
         part = slice(group * rows, (group + 1) * rows)
         fixed = None if output_order is None else output_order[part] - group * rows
@@ -161,7 +166,7 @@ def _search_groups(
         left = None if clock.budget is None else max(clock.budget - clock.seconds, 0.0) / (groups - group)
         own = Clock(left)
         inside = None if within is None else within[part]
-        order, index = _search_matrix(saliency[part], pattern, method, generator, own, fixed, inside, progress)
+        order, index = _search_matrix(saliency[part], pattern, method, generator, own, fixed, inside, progress and tell)
         clock.ended |= own.ended
         orders.append(order + group * rows)
         indices.append(index)
@@ -179,25 +184,32 @@ def _search_matrix(
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """``(output_order, vector_index)`` of one matrix: the best of identity and what the method finds."""
-    peak = saliency.max()
-    scaled = (saliency / peak if peak > 0 else saliency).float()
+    low, peak = saliency.aminmax()
+    # A narrow type is widened before it is divided, a wide one after: both keep their small values.
+    wide = saliency if saliency.dtype == torch.float64 else saliency.float()
+    scaled = (wide / peak if peak > 0 else wide).float()
     fixed = None if output_order is None else output_order.to(saliency.device)
     first = torch.arange(saliency.shape[0], device=saliency.device) if fixed is None else fixed
     candidates = [(first, choose_vectors(saliency, pattern, first, within=within))]
-    if method != "identity" and not clock.expired():
+    if method != "identity" and low < peak and not clock.expired():
         report = None
         if progress is not None:
-            gap = _Gap(saliency, pattern)
+            gaps: list[_Gap] = []  # one, made for the first report
 
             def report(order: Tensor, index: Tensor) -> None:
+                if not gaps:
+                    gaps.append(_Gap(saliency, pattern))
                 value = retained(saliency, hinm_mask(saliency, HiNMLayout(pattern, order, index)))
-                progress(Progress(clock.seconds, value, gap.closed(value)))
+                progress(Progress(clock.seconds, value, gaps[0].closed(value)))
 
         problem = Problem(scaled, pattern, generator, clock, fixed, within, report)
         if method == "gyro" or (saliency.numel() <= SMALL and fixed is None):
             candidates.append(gyro_paper(problem, *candidates[0]))
         if method == "exchange" and not clock.expired():
-            candidates.append(gyro_exchange(problem, *candidates[0]))
+            # A clock of its own: it shares out the time that is left.
+            rest = Clock(None if clock.budget is None else clock.budget - clock.seconds)
+            candidates.append(gyro_exchange(replace(problem, clock=rest), *candidates[0]))
+            clock.ended |= rest.ended
     layouts = [(order, _ascending_groups(index, pattern)) for order, index in candidates]
     values = [retained(saliency, hinm_mask(saliency, HiNMLayout(pattern, *layout))) for layout in layouts]
     return layouts[values.index(max(values))]
@@ -209,12 +221,10 @@ class _Gap:
     def __init__(self, saliency: Tensor, pattern: HiNMPattern) -> None:
         order = torch.arange(saliency.shape[0], device=saliency.device)
         mask = hinm_mask(saliency, HiNMLayout(pattern, order, choose_vectors(saliency, pattern, order)))
-        self.low, flat, kept = retained(saliency, mask), saliency.flatten(), int(mask.sum())
-        least = flat.kthvalue(flat.numel() - kept + 1).values
-        over = flat > least
-        ties = (kept - int(over.sum())) * least.item()
-        total = flat.sum(dtype=torch.float64).item()
-        self.high = (flat[over].sum(dtype=torch.float64).item() + ties) / total if total else 1.0
+        self.low = retained(saliency, mask)
+        best = saliency.flatten().topk(int(mask.sum()), sorted=False).values.sum(dtype=torch.float64).item()
+        total = saliency.sum(dtype=torch.float64).item()
+        self.high = best / total if total else 1.0
 
     def closed(self, value: float) -> float:
         """0 at identity, 1 where nothing better is possible; 1 too where identity is best."""

@@ -1,8 +1,8 @@
 """Layouts that were searched before, on the user's disk: the same question is not searched twice.
 
 An entry is one safetensors file, named by the sha256 of all that the answer depends on: the saliency, the pattern, the
-method, the state of the generator, what was fixed, and the code of the search. It is private to the user, written
-atomically, and checked when it is read: one that is damaged is thrown away.
+method, the state of the generator, what was fixed, the version of torch and the code of the search. Only the user may
+read it; it is written atomically, and checked when it is read: one that is damaged is thrown away.
 
 The environment variable ``LIGHTNING_HINM_LAYOUTS`` names another folder, or is ``off``.
 """
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Entry:
 
     layout: HiNMLayout
     retained: float
+    gap_closed: float
     generator: Tensor
 
 
@@ -43,13 +45,25 @@ def folder() -> Path | None:
     if setting.lower() == "off":
         return None
     if setting:
-        return Path(setting).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lightning-hinm" / "layouts"
+        return Path(setting)
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # nobody's home
+        return None
+    return base / "lightning-hinm" / "layouts"
 
 
-def key_of(pattern: HiNMPattern, method: str, groups: int, tensors: dict[str, Tensor | None]) -> str:
-    """The name of the entry for this question; ``tensors`` are what else it depends on, by name."""
+def key_of(pattern: HiNMPattern, method: str, groups: int, tensors: dict[str, Tensor | None]) -> str | None:
+    """The name of the entry for this question, or None without a cache.
+
+    Args:
+        pattern: that is searched for.
+        method: of the search.
+        groups: of a convolution.
+        tensors: what else the answer depends on, by name.
+    """
+    if folder() is None:
+        return None
     facts = {"code": _code(), "torch": torch.__version__, "pattern": pattern.to_dict(), "method": method}
     digest = hashlib.sha256(json.dumps(facts | {"groups": groups}, sort_keys=True).encode())
     for name, tensor in tensors.items():
@@ -69,17 +83,19 @@ def read(key: str, pattern: HiNMPattern, shape: torch.Size, groups: int) -> Entr
         if path is None or not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            kept = float((file.metadata() or {})["retained"])
+            numbers = file.metadata() or {}
+            kept, gap = float(numbers["retained"]), float(numbers["gap_closed"])
             order, index, generator = (file.get_tensor(name) for name in ("output_order", "vector_index", "generator"))
         layout = HiNMLayout(pattern, order.to(torch.int64), index.to(torch.int64))
         check_layout(layout, *shape, groups=groups)
         torch.Generator().set_state(generator)
-        os.utime(path)  # used just now
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         log.warning("%s cannot be used (%s), so the search runs again. %s=off does without.", path, error, SWITCH)
         forget(key)
         return None
-    return Entry(layout, kept, generator)
+    with suppress(OSError):  # of another user, or gone by now
+        os.utime(path)  # used just now
+    return Entry(layout, kept, gap, generator)
 
 
 def write(key: str, entry: Entry) -> None:
@@ -91,7 +107,8 @@ def write(key: str, entry: Entry) -> None:
         return
     layout = entry.layout.to("cpu")
     tensors = {"output_order": layout.output_order.to(torch.int32), "vector_index": layout.vector_index.to(torch.int32)}
-    data = save({**tensors, "generator": entry.generator}, {"retained": repr(entry.retained)})
+    numbers = {"retained": repr(entry.retained), "gap_closed": repr(entry.gap_closed)}
+    data = save({**tensors, "generator": entry.generator}, numbers)
     temporary = None
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -105,7 +122,8 @@ def write(key: str, entry: Entry) -> None:
         log.warning("%s takes no layout (%s): the search will run again. %s=off says nothing.", place, error, SWITCH)
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            with suppress(OSError):
+                os.unlink(temporary)
 
 
 def forget(key: str) -> None:
@@ -119,7 +137,11 @@ def forget(key: str) -> None:
 
 
 def _make_room(place: Path) -> None:
-    entries = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in place.glob("*.safetensors"))
+    entries = []
+    for path in place.iterdir():  # parts of writers that were killed, too
+        with suppress(FileNotFoundError):  # another process makes room as well
+            entries.append((path.stat().st_mtime, path.stat().st_size, path))
+    entries.sort()
     total = sum(size for _, size, _ in entries)
     for _, size, path in entries[:-1]:
         if total <= MOST_BYTES:

@@ -31,8 +31,9 @@ SHARE = 0.5
 def gyro_exchange(problem: Problem, order: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Rows to tiles first, then vectors to groups, then both in turn, and vectors last."""
     if problem.output_order is None and index.shape[0] > 1:
-        order = _anneal_rows(problem, problem.shuffled(order.numel()))
-        index = choose_vectors(problem.saliency, problem.pattern, order)
+        if problem.pattern.vector_sparsity > 0:  # else all tiles keep the same columns, and no row prefers one
+            order = _anneal_rows(problem, problem.shuffled(order.numel()))
+            index = choose_vectors(problem.saliency, problem.pattern, order)
         for _ in range(TURNS):
             index = assign_vectors(problem, order, index, pruned=True, draws=DRAWS)
             if problem.clock.expired():
@@ -53,10 +54,12 @@ def _anneal_rows(problem: Problem, order: Tensor) -> Tensor:
     for i in range(rounds):
         if problem.clock.expired():
             break
-        done = max((i + 1) / rounds, problem.clock.used / SHARE) / NOISY
-        if done * NOISY > 1:
+        done, used = (i + 1) / rounds, problem.clock.used / SHARE
+        if used > done:  # cool faster: there is no time for all rounds
+            problem.clock.ended, done = True, used
+        if done > 1:
             break
-        noise = HOT * (COLD / HOT) ** done if done < 1 else 0.0
+        noise = HOT * (COLD / HOT) ** (done / NOISY) if done < NOISY else 0.0
         kept = _kept(tile_rows(saliency, order, v).sum(dim=1), problem.pattern)  # [T, I]
         moved = order.clone()
         for block in problem.shuffled(tiles).split(TILES):
@@ -131,9 +134,9 @@ def _balance(values: Tensor, size: Tensor, prices: Tensor, block: Tensor, rate: 
     by_tile = by_margin[tile[by_margin].argsort(stable=True)]  # the rows of each tile, the most attached first
     place = torch.arange(len(tile), device=tile.device) - (taken.cumsum(0) - taken)[tile[by_tile]]
     over = by_tile[place >= size[tile[by_tile]]]
-    if over.numel():
-        left = torch.arange(count, device=tile.device).repeat_interleave((size - taken).clamp(min=0))
-        tile[over] = left[assign([worth[over][:, left]])[0]]
+    left = torch.arange(count, device=tile.device).repeat_interleave((size - taken).clamp(min=0))
+    # So many have no preference worth an assignment: all values are alike.
+    tile[over] = left if over.numel() > ROWS else left[assign([worth[over][:, left]])[0]]
     return tile
 
 

@@ -27,22 +27,23 @@ GROUPS = 256
 BARRED = -1e6
 
 
-# Between two reports of a long search.
-SECONDS_BETWEEN_REPORTS = 5.0
+# Between two reports of a long search; and how much longer than a report the search goes on, at least.
+SECONDS_BETWEEN_REPORTS, SEARCH_PER_REPORT = 5.0, 20
 
 
 @dataclass
 class Clock:
-    """A time budget: ``expired()`` remembers that it was ever true."""
+    """A time budget; ``ended`` says whether it cut anything short."""
 
     budget: float | None
     start: float = field(default_factory=time.monotonic)
     ended: bool = False
-    reported: float = 0.0  # seconds, at the last report
+    next_report: float = field(default_factory=lambda: SECONDS_BETWEEN_REPORTS)
 
     def expired(self) -> bool:
-        self.ended = self.ended or (self.budget is not None and self.seconds >= self.budget)
-        return self.ended
+        expired = self.budget is not None and self.seconds >= self.budget
+        self.ended |= expired
+        return expired
 
     @property
     def seconds(self) -> float:
@@ -68,10 +69,12 @@ class Problem:
 
     def tell(self, order: Tensor, index: Tensor | None = None) -> None:
         """Reports the layout so far, every few seconds; without an index, with the columns of the largest sums."""
-        if self.report is None or self.clock.seconds - self.clock.reported < SECONDS_BETWEEN_REPORTS:
+        start = self.clock.seconds
+        if self.report is None or start < self.clock.next_report:
             return
         self.report(order, choose_vectors(self.saliency, self.pattern, order) if index is None else index)
-        self.clock.reported = self.clock.seconds
+        end = self.clock.seconds
+        self.clock.next_report = end + max(SECONDS_BETWEEN_REPORTS, SEARCH_PER_REPORT * (end - start))
 
     def noise(self, *shape: int) -> Tensor:
         """Normal noise, drawn on the CPU so that every device sees the same."""
@@ -160,6 +163,8 @@ def assign_vectors(
         The new index, ``[T, P]``.
     """
     pattern, index = problem.pattern, index.clone()
+    if pattern.n == pattern.m:  # all groups are worth their sums: the largest sums are best
+        return choose_vectors(problem.saliency, pattern, order, within=problem.within) if pruned else index
     v, m, in_features = pattern.vector_size, pattern.m, problem.saliency.shape[1]
     start = 0
     for first, last in pattern.runs(in_features):
@@ -167,7 +172,7 @@ def assign_vectors(
         held = slice(start, start + min(kept, last - first))  # of the slots, those that hold real columns
         groups = (held.stop - held.start) // m  # a group that virtual columns complete stays as it is
         start += kept
-        if not groups or not (pruned or (groups > 1 and pattern.n < m)):
+        if not groups or not (pruned or groups > 1):
             continue
         size = min(groups, GROUPS)
         step = max(BATCH // (groups * (2 * size + m * v) + (last - first) * v), 1)  # tiles at a time

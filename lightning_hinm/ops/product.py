@@ -28,7 +28,8 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
     expansion, columns, restore = tiles(operands), operands.columns_of_x, restored_rows(operands)
     tokens = x.reshape(-1, operands.in_features)  # [N, I]
     out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
-    rows = tokens.shape[0] < TRANSPOSE_TOKENS or columns.shape[0] < TRANSPOSE_GATHERS * operands.in_features
+    few = tokens.shape[0] < TRANSPOSE_TOKENS or columns.shape[0] < TRANSPOSE_GATHERS * operands.in_features
+    rows = few or x.device.type != "cpu"
     step = _tokens_at_once(expansion, tokens.shape[0], ROW_NUMBERS if rows else COLUMN_NUMBERS)
     for first in range(0, tokens.shape[0], step):
         block, part = tokens[first : first + step], out[first : first + step]
