@@ -142,8 +142,8 @@ def part_rows(matrices: dict[str, Tensor]) -> list[Row]:
                 shape, proto = "x".join(map(str, saliency.shape)), row["prototype"]
                 print(f"{shape:10} V={v} {pattern.sparsity:.1%}  identity {row['identity']:.4f}  gyro "
                       f"{row['gyro']['retained']:.4f} {row['gyro']['seconds']:5.1f} s  prototype {kept:.4f} "
-                      f"{proto['seconds']:5.1f} s  exchange {row['retained']:.4f} {row['seconds']:4.2f} s (in a third of "
-                      f"the prototype's: {row['in_a_third_of_its_time']['retained']:.4f})  gap closed "
+                      f"{proto['seconds']:5.1f} s  exchange {row['retained']:.4f} {row['seconds']:4.2f} s "
+                      f"(in a third of the prototype's: {row['in_a_third_of_its_time']['retained']:.4f})  gap closed "
                       f"{row['gap_closed']:.2f}  {row['peak_mb']:.0f} MB  {row['moves_per_second']:,.0f} moves/s",
                       flush=True)  # fmt: skip
     return rows
