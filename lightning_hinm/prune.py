@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_hinm.gyro import Progress, SearchResult, search
+from lightning_hinm.gyro import SearchResult, search
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import check_saliency, hinm_mask
 from lightning_hinm.pattern import HiNMPattern, from_matrix, layer_kind, named_layers, to_matrix
@@ -148,7 +148,7 @@ def prune(
             method=method,
             generator=generator,
             time_budget=share,
-            progress=partial(_tell, layer.name),
+            progress=partial(log.info, "prune: %s: %s", layer.name),
         )
     masks = {layer.name: hinm_mask(scores[layer.name], results[layer.name].layout) for layer in layers}
     reports = {entry.name: entry for entry in skipped}
@@ -167,10 +167,6 @@ def prune(
             ended_by_budget=result.ended_by_budget,
         )
     return PruningReport(tuple(reports[name] for name in named_layers(model) if name in reports))
-
-
-def _tell(name: str, progress: Progress) -> None:
-    log.info("prune: %s: gap closed %.2f after %.0f s", name, progress.gap_closed, progress.seconds)
 
 
 def set_layout(layer: PrunableLayer, layout: HiNMLayout | None, model: nn.Module) -> None:

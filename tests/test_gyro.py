@@ -662,6 +662,7 @@ def test_a_long_search_reports_how_much_of_the_gap_it_has_closed_so_far(method, 
     assert len(told) > 4
     assert all(one.seconds <= two.seconds for one, two in itertools.pairwise(told))  # through both groups
     assert told[-1].gap_closed <= 1
+    assert str(told[-1]) == f"gap closed {told[-1].gap_closed:.2f} after {told[-1].seconds:.0f} s of search"
     alone = search(saliency[32:], HiNMPattern(16), method=method, groups=1, generator=seeded())
     assert max(one.retained for one in told) <= 1
     assert result.gap_closed > 0 < alone.gap_closed

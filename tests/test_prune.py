@@ -266,3 +266,10 @@ def test_an_interrupt_during_the_search_leaves_every_weight_as_it_was(monkeypatc
     assert len(searched) == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(layout_of(layer) is None for layer in model)
+
+
+def test_a_long_search_is_logged_by_the_name_of_its_layer(monkeypatch, caplog):
+    monkeypatch.setattr("lightning_hinm.gyro.problem.SECONDS_BETWEEN_REPORTS", 0.0)
+    with caplog.at_level("INFO", logger="lightning_hinm"):
+        prune(nn.Sequential(nn.Linear(32, 32)), HiNMPattern(8))
+    assert "prune: 0: gap closed 0." in caplog.text

@@ -4,7 +4,6 @@ import weakref
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,15 +24,7 @@ from lightning_hinm.callback.state import (
     read_state,
     targets_of,
 )
-from lightning_hinm.callback.update import (
-    Choice,
-    gather_taylor_,
-    record_,
-    saliency_of,
-    search_layers,
-    settle_saliency_,
-    tell_progress,
-)
+from lightning_hinm.callback.update import Choice, gather_taylor_, record_, saliency_of, search_layers, settle_saliency_
 from lightning_hinm.gyro import METHODS, search
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import choose_vectors, hinm_mask
@@ -167,12 +158,11 @@ class HiNMPruning(Callback):
                 time_budget=time_budget,
                 output_order=None if layout is None else layout.output_order,
                 within=within,
-                progress=partial(tell_progress, layer),
+                progress=lambda so_far: rank_zero_info(f"HiNMPruning: {layer.name}: {so_far}"),
             )
             layout, ended = found.layout, found.ended_by_budget
-        order, index = layout.output_order, layout.vector_index
-        if pattern.n == pattern.m:  # whole vectors only: their order has no meaning yet
-            index = choose_vectors(saliency, pattern, order, within=within)
+        order, whole = layout.output_order, pattern.n == pattern.m  # whole vectors: their order has no meaning yet
+        index = choose_vectors(saliency, pattern, order, within=within) if whole else layout.vector_index
         layout = HiNMLayout(pattern, order, index).to("cpu")
         return Choice(hinm_mask(saliency, layout, within=within), layout, ended)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hinm.callback.state import PruningState
-from lightning_hinm.gyro import Progress
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import check_saliency
 from lightning_hinm.pattern import HiNMPattern, to_matrix
@@ -106,13 +105,6 @@ def settle_saliency_(
             f"HiNMPruning: no gradient has reached {', '.join(silent)}, so magnitude is their saliency. Add frozen "
             "layers to `ignore`, or set `saliency` to 'magnitude'."
         )
-
-
-def tell_progress(layer: PrunableLayer, progress: Progress) -> None:
-    """Of the search of one layer that takes long."""
-    rank_zero_info(
-        f"HiNMPruning: {layer.name}: gap closed {progress.gap_closed:.2f} after {progress.seconds:.0f} s of search"
-    )
 
 
 def search_layers(

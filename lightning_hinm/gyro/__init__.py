@@ -45,11 +45,14 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """Of a search that takes long: as in ``SearchResult``, so far."""
+    """Of a search that takes long: as in ``SearchResult``, so far; ``str()`` is for a log."""
 
     seconds: float
     retained: float
     gap_closed: float
+
+    def __str__(self) -> str:
+        return f"gap closed {self.gap_closed:.2f} after {self.seconds:.0f} s of search"
 
 
 def gyro_permute(
