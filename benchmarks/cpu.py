@@ -76,7 +76,7 @@ def linear_row(shape: tuple[int, int], case: tuple[Any, ...], clock: Clock, seco
     for name, shuffled in (("identity", False), ("random", True)):
         weight, layout = masked_weight(*shape, pattern, shuffled=shuffled)
         packed = pack(weight, layout)
-        args = (*packed.tensors.values(), bias, *expand_all(packed).values(), shape[1], v, pattern.n, pattern.m)
+        args = (*packed.tensors.values(), bias, *expand_all(packed).values(), shape[1], *pattern.fields)
         calls = [partial(F.linear, x, weight, bias), partial(torch.ops.hinm.linear, x, *args)]
         row |= compare(name, calls, clock, seconds)
     return row
@@ -92,7 +92,7 @@ def conv_row(case: tuple[int, ...], clock: Clock, seconds: float) -> dict:
         weight, layout = masked_weight(rows, channels * kernel**2, pattern, shuffled=shuffled)
         weight = weight.reshape(rows, channels, kernel, kernel)
         packed = pack(weight, layout)
-        numbers = (channels, kernel, kernel, 1, 1, padding, padding, 1, 1, 1, 64, pattern.n, pattern.m)
+        numbers = (channels, kernel, kernel, 1, 1, padding, padding, 1, 1, 1, *pattern.fields)
         args = (*packed.tensors.values(), bias, *expand_all(packed).values(), *numbers)
         calls = [partial(F.conv2d, x, weight, bias, 1, padding), partial(torch.ops.hinm.conv2d, x, *args)]
         row |= compare(name, calls, clock, seconds)

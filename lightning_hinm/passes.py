@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lightning_hinm.modules import EXPANDED_TENSORS, PACKED_TENSORS, HiNMLayer
-from lightning_hinm.ops import hinm_conv2d, hinm_linear
+from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
+from lightning_hinm.ops import EXPANDED, hinm_conv2d, hinm_linear
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def sparsify_layers_pass(gm: fx.GraphModule, layers: Mapping[str, HiNMLayer]) ->
     After::
 
         %values, %metadata, ..., %restore = get_attr of buffers of the graph module
-        %y = hinm.linear(%x, %values, %metadata, ..., %bias, %expansion, %columns, %restore, in_features, V, n, m)
+        %y = hinm.linear(%x, %values, %metadata, ..., %bias, %expansion, %columns, %restore, in_features, V, ...)
 
     Equal, because the op is defined as ``F.linear(x, unpack(packed), bias)`` and ``unpack(pack(weight)) == weight``,
     for which the caller vouches at every call of the graph. Convolutions likewise; a Conv1d runs as a Conv2d over
@@ -81,7 +81,7 @@ def sparsify_layers_pass(gm: fx.GraphModule, layers: Mapping[str, HiNMLayer]) ->
         ``gm``.
     """
     count = 0
-    buffers: dict[str, dict[str, fx.Node]] = {}
+    buffers: dict[str, dict[str, fx.Node | None]] = {}
     for call in find_layer_calls(gm):
         layer = layers.get(call.weight.name)
         if layer is None or not _computes_the_layer(call, layer):
@@ -112,11 +112,14 @@ def _computes_the_layer(call: LayerCall, layer: HiNMLayer) -> bool:
     return value is not None and tuple(value.shape) == (layer.shape[0],)
 
 
-def _lift_buffers(gm: fx.GraphModule, weight: fx.Node, layer: HiNMLayer) -> dict[str, fx.Node]:
-    """Nodes of the layer's buffers, after the last placeholder."""
-    nodes = {}
+def _lift_buffers(gm: fx.GraphModule, weight: fx.Node, layer: HiNMLayer) -> dict[str, fx.Node | None]:
+    """Nodes of the layer's buffers, after the last placeholder; None for a buffer that is None."""
+    nodes: dict[str, fx.Node | None] = {}
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-    for name in (*PACKED_TENSORS, *EXPANDED_TENSORS):
+    for name in (*PACKED_TENSORS, *EXPANDED):
+        if getattr(layer, name) is None:
+            nodes[name] = None
+            continue
         attribute = f"hinm_{weight.name}_{name}"
         gm.register_buffer(attribute, getattr(layer, name), persistent=False)
         sources = getattr(gm, "_param_name_to_source", None)
@@ -130,16 +133,14 @@ def _lift_buffers(gm: fx.GraphModule, weight: fx.Node, layer: HiNMLayer) -> dict
     return nodes
 
 
-def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mapping[str, fx.Node]) -> fx.Node:
+def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mapping[str, fx.Node | None]) -> fx.Node:
     # Read now, not when the call was found: an earlier rewrite may have replaced its operands.
     _, names = _TARGETS[call.node.target]
     given = dict(zip(names, call.node.args, strict=False)) | dict(call.node.kwargs)
     x, bias = (given["mat1"], given["input"]) if call.kind == "hf_conv1d" else (given["input"], given.get("bias"))
-    packed = [buffers[name] for name in PACKED_TENSORS] + [bias] + [buffers[name] for name in EXPANDED_TENSORS]
-    pattern = layer.pattern
+    packed = [buffers[name] for name in PACKED_TENSORS] + [bias] + [buffers[name] for name in EXPANDED]
     if call.kind in ("linear", "hf_conv1d"):
-        numbers = (layer.shape[1], pattern.vector_size, pattern.n, pattern.m)
-        return graph.call_function(hinm_linear, (x, *packed, *numbers))
+        return graph.call_function(hinm_linear, (x, *packed, layer.shape[1], *layer.pattern.fields))
     kernel = layer.shape[2:]
     stride, dilation = (_each(call.options.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
     padding = call.options.get("padding", 0)
@@ -156,7 +157,7 @@ def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mappin
         x = graph.call_function(torch.unsqueeze, (x, -2))
         kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     numbers = (layer.shape[1] * layer.groups, *kernel, *stride, *padding, *dilation, layer.groups)
-    out = graph.call_function(hinm_conv2d, (x, *packed, *numbers, pattern.vector_size, pattern.n, pattern.m))
+    out = graph.call_function(hinm_conv2d, (x, *packed, *numbers, *layer.pattern.fields))
     return graph.call_function(torch.squeeze, (out, -2)) if call.kind == "conv1d" else out
 
 

@@ -106,6 +106,11 @@ class HiNMPattern:
         return asdict(self)
 
     @property
+    def fields(self) -> tuple[int, float, int, int, int | None]:
+        """The fields in their order: what the ops take of a pattern."""
+        return self.vector_size, self.vector_sparsity, self.n, self.m, self.window
+
+    @property
     def sparsity(self) -> float:
         """Fraction of the weights that the pattern prunes, before any rounding to whole groups."""
         return float(1 - (1 - exact(self.vector_sparsity)) * Fraction(self.n, self.m))

@@ -229,8 +229,8 @@ def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tenso
     index, order = index.to(workload.device), torch.randperm(rows, generator=generator).to(workload.device)
     # With an expansion the op reads neither values nor metadata.
     indices = (index.clamp(max=in_features - 1).flatten(), order)
-    packed = (weight, weight, index, order, bias, numbers(tiles, pattern.vector_size, kept), *indices)
-    last = (pattern.vector_size, pattern.n, pattern.m)
+    packed = (weight, weight, index, order, bias, numbers(tiles, pattern.vector_size, kept), None, *indices)
+    last = pattern.fields
     if len(shape) == 2:
         return (lambda: F.linear(x, weight, bias)), (lambda: hinm_linear(x, *packed, in_features, *last))
     spatial = (workload.stride, workload.padding, workload.dilation)

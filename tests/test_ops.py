@@ -38,8 +38,8 @@ def masked(
 def arguments(x: Tensor, packed: HiNMWeight, bias: Tensor | None, *numbers: int, decode: bool = False) -> tuple:
     pattern = packed.pattern
     groups = numbers[-1] if len(numbers) > 1 else 1
-    expanded = (None, None, None) if decode else expand_all(packed, groups=groups).values()
-    return (x, *packed.tensors.values(), bias, *expanded, *numbers, pattern.vector_size, pattern.n, pattern.m)
+    expanded = (None,) * 4 if decode else expand_all(packed, groups=groups).values()
+    return (x, *packed.tensors.values(), bias, *expanded, *numbers, *pattern.fields)
 
 
 def linear_case(rows: int, columns: int, pattern: HiNMPattern, *size: int, **kwargs: Any) -> tuple[Tensor, tuple]:
@@ -133,11 +133,9 @@ def test_conv2d_takes_channels_last() -> None:
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_linear_passes_opcheck(decode: bool, gradient: bool) -> None:
-    _, (x, *packed, bias, expansion, columns, restore, i, v, n, m) = linear_case(
-        20, 19, PATTERNS[0], 3, 5, decode=decode
-    )
-    args = (x.requires_grad_(gradient), *packed, bias.requires_grad_(gradient), expansion, columns, restore, i, v, n, m)
-    torch.library.opcheck(torch.ops.hinm.linear.default, args)
+    _, (x, *packed) = linear_case(20, 19, PATTERNS[0], 3, 5, decode=decode)
+    packed[4].requires_grad_(gradient)
+    torch.library.opcheck(torch.ops.hinm.linear.default, (x.requires_grad_(gradient), *packed))
 
 
 @pytest.mark.parametrize("case", [CONVOLUTIONS[1], CONVOLUTIONS[4]], ids=str)
@@ -151,15 +149,11 @@ def test_conv2d_passes_opcheck(case: tuple, gradient: bool) -> None:
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("size", [(), (6,), (2, 3)], ids=str)
 def test_linear_is_differentiable_in_x_and_bias(size: tuple[int, ...], decode: bool) -> None:
-    _, (x, *packed, bias, expansion, columns, restore, i, v, n, m) = linear_case(
-        37, 19, PATTERNS[1], *size, decode=decode
-    )
+    _, (x, *packed) = linear_case(37, 19, PATTERNS[1], *size, decode=decode)
     weight, _ = masked(37, 19, pattern=PATTERNS[1])
-    leaves = x.requires_grad_(), bias.requires_grad_()
-    sparse = torch.autograd.grad(
-        torch.ops.hinm.linear(x, *packed, bias, expansion, columns, restore, i, v, n, m).square().sum(), leaves
-    )
-    dense = torch.autograd.grad(F.linear(x, weight, bias).square().sum(), leaves)
+    leaves = x.requires_grad_(), packed[4].requires_grad_()
+    sparse = torch.autograd.grad(torch.ops.hinm.linear(x, *packed).square().sum(), leaves)
+    dense = torch.autograd.grad(F.linear(x, weight, packed[4]).square().sum(), leaves)
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
 
 
@@ -233,7 +227,7 @@ def test_an_index_out_of_range_is_an_error_not_a_read(tokens: int) -> None:
     _, (x, values, metadata, index, order, *rest) = linear_case(20, 19, PATTERNS[0], tokens, decode=True)
     with pytest.raises((IndexError, RuntimeError)):
         torch.ops.hinm.linear(x, values, metadata, index.to(torch.int64) - 40, order, *rest)
-    _, (*packed, columns, restore, i, v, n, m) = linear_case(20, 19, PATTERNS[0], tokens)
+    _, (*packed, columns, restore, i, v, sparsity, n, m, window) = linear_case(20, 19, PATTERNS[0], tokens)
     for bad in ((columns + 19, restore), (columns, restore + 20)):
         with pytest.raises((IndexError, RuntimeError)):
-            torch.ops.hinm.linear(*packed, *bad, i, v, n, m)
+            torch.ops.hinm.linear(*packed, *bad, i, v, sparsity, n, m, window)

@@ -8,7 +8,17 @@ from lightning_hinm.format.checkpoint import (
     read_layer_state,
 )
 from lightning_hinm.format.file import FileContents, FileHeader, read_contents, read_header, write_file
-from lightning_hinm.format.packing import HiNMWeight, check_packed, expand, pack, pack_bits, unpack, unpack_bits
+from lightning_hinm.format.packing import (
+    HiNMWeight,
+    blocks,
+    check_packed,
+    expand,
+    pack,
+    pack_bits,
+    unpack,
+    unpack_bits,
+    unpack_positions,
+)
 from lightning_hinm.format.record import LayerRecord, weight_key
 
 __all__ = [
@@ -17,6 +27,7 @@ __all__ = [
     "HiNMWeight",
     "LayerRecord",
     "LayerState",
+    "blocks",
     "check_packed",
     "expand",
     "export_checkpoint",
@@ -29,6 +40,7 @@ __all__ = [
     "read_layer_state",
     "unpack",
     "unpack_bits",
+    "unpack_positions",
     "weight_key",
     "write_file",
 ]

@@ -12,20 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hinm.format import HiNMWeight, check_packed, unpack
-from lightning_hinm.ops import expand_all, hinm_conv2d, hinm_linear
+from lightning_hinm.ops import EXPANDED, expand_all, hinm_conv2d, hinm_linear
 from lightning_hinm.pattern import from_matrix, layer_kind
 
 PACKED_TENSORS = ("values", "metadata", "vector_index", "output_order")
-EXPANDED_TENSORS = ("expansion", "columns", "restore")
 
 
 class HiNMLayer(nn.Module):
     """A packed weight as four buffers, and its bias.
 
-    ``expansion`` (``[T, V, P]``, the kept vectors, dense inside each tile), ``columns`` and ``restore`` are the same,
-    decoded for the op. They are made with the layer, again whenever a ``state_dict`` is loaded, follow ``.to()``, and
-    are never saved. Made at the first call instead, they would be a side effect that ``torch.compile`` and
-    ``torch.export`` have to trace.
+    ``expansion``, ``expansion_metadata``, ``columns`` and ``restore`` are the same, decoded for the op on the layer's
+    device (``ops.expand_all``). They are made with the layer, again whenever a ``state_dict`` is loaded or ``.to()``
+    takes the layer to another device or dtype, and are never saved. Made at the first call instead, they would be a
+    side effect that ``torch.compile`` and ``torch.export`` have to trace.
 
     Args:
         packed: the packed weight.
@@ -42,6 +41,7 @@ class HiNMLayer(nn.Module):
     vector_index: Tensor
     output_order: Tensor
     expansion: Tensor
+    expansion_metadata: Tensor | None
     columns: Tensor
     restore: Tensor
 
@@ -53,8 +53,8 @@ class HiNMLayer(nn.Module):
             check_packed(packed, type(self).__name__, groups=groups)
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
-        for name, tensor in expand_all(packed, groups=groups).items():
-            self.register_buffer(name, tensor, persistent=False)
+        for name, expanded in expand_all(packed, groups=groups).items():
+            self.register_buffer(name, expanded, persistent=False)
         self.register_parameter("bias", bias)
 
     @property
@@ -66,12 +66,12 @@ class HiNMLayer(nn.Module):
     @property
     def expanded(self) -> dict[str, Tensor]:
         """What was decoded for the op; the layer's own buffers."""
-        return {name: getattr(self, name) for name in EXPANDED_TENSORS}
+        return {name: tensor for name in EXPANDED if (tensor := self._buffers[name]) is not None}
 
     @property
-    def operands(self) -> tuple[Tensor, ...]:
+    def operands(self) -> tuple[Tensor | None, ...]:
         """The op's tensors after ``x``."""
-        names = (*PACKED_TENSORS, "bias", *EXPANDED_TENSORS)
+        names = (*PACKED_TENSORS, "bias", *EXPANDED)
         return tuple(getattr(self, name) for name in names)
 
     @property
@@ -86,8 +86,23 @@ class HiNMLayer(nn.Module):
         """Takes another weight of the same shape and pattern, in place, so that compiled graphs see it."""
         for name, tensor in packed.tensors.items():
             self._buffers[name].copy_(tensor)  # type: ignore[union-attr]
-        for name, tensor in expand_all(self.packed, groups=self.groups).items():
-            self._buffers[name].copy_(tensor)  # type: ignore[union-attr]
+        for name, expanded in expand_all(self.packed, groups=self.groups).items():
+            if expanded is not None:
+                self._buffers[name].copy_(expanded)  # type: ignore[union-attr]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "HiNMLayer":
+        # What was decoded suits one device and dtype: it is made anew, not moved. From meta there is nothing to decode.
+        before = self.values
+        expanded = {name: self._buffers.pop(name) for name in EXPANDED}
+        super()._apply(fn, recurse)
+        after = self.values
+        if before.is_meta or (before.device, before.dtype) == (after.device, after.dtype):
+            expanded = {name: tensor if tensor is None else fn(tensor) for name, tensor in expanded.items()}
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                expanded = expand_all(self.packed, groups=self.groups)
+        self._buffers.update(expanded)
+        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         *_, error_msgs = args
@@ -131,8 +146,7 @@ class HiNMLinear(HiNMLayer):
         return cls(_of_shape(dense, kind, packed), dense.bias, kind=kind)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        pattern = self.pattern
-        return hinm_linear(x, *self.operands, self.in_features, pattern.vector_size, pattern.n, pattern.m)
+        return hinm_linear(x, *self.operands, self.in_features, *self.pattern.fields)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -195,13 +209,12 @@ class HiNMConv2d(HiNMLayer):
         out = hinm_conv2d(x.unsqueeze(-2) if flat else x, *self.operands, *numbers)
         return out.squeeze(-2) if flat else out
 
-    def geometry(self, padding: tuple[int, ...]) -> tuple[int, ...]:
+    def geometry(self, padding: tuple[int, ...]) -> tuple[int | float | None, ...]:
         """The op's numbers, with ``padding`` zeros on both sides of each dimension."""
         one = (1,) * (2 - len(padding))
         zero = (0,) * (2 - len(padding))
-        pattern = self.pattern
         spatial = (*one, *self.kernel_size, *one, *self.stride, *zero, *padding, *one, *self.dilation)
-        return (self.in_channels, *spatial, self.groups, pattern.vector_size, pattern.n, pattern.m)
+        return (self.in_channels, *spatial, self.groups, *self.pattern.fields)
 
     def extra_repr(self) -> str:
         return (

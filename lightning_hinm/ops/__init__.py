@@ -5,17 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hinm.ops import product
-from lightning_hinm.ops.operands import TENSORS, Conv2dOperands, LinearOperands, cast, expand_all
+from lightning_hinm.ops import gpu, product
+from lightning_hinm.ops.operands import EXPANDED, TENSORS, Conv2dOperands, LinearOperands, cast, expand_all
 
-__all__ = ["expand_all", "hinm_conv2d", "hinm_linear"]
+__all__ = ["EXPANDED", "expand_all", "hinm_conv2d", "hinm_linear"]
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
 _TENSORS = (
     "Tensor values, Tensor metadata, Tensor vector_index, Tensor output_order, Tensor? bias, Tensor? expansion, "
-    "Tensor? columns, Tensor? restore"
+    "Tensor? expansion_metadata, Tensor? columns, Tensor? restore"
 )
-_PATTERN = "int vector_size, int n, int m"
+_PATTERN = 'int vector_size, float vector_sparsity, int n, int m, int? window, str activation="none"'
 # Both kernels take an input of any strides and return a contiguous tensor of its own.
 _LIBRARY.define(f"linear(Tensor x, {_TENSORS}, int in_features, {_PATTERN}) -> Tensor")
 _LIBRARY.define(
@@ -26,7 +26,9 @@ _LIBRARY.define(
 
 
 def _linear(x: Tensor, *operands: Any) -> Tensor:
-    return product.linear(x, LinearOperands(*operands))
+    linear = LinearOperands(*operands)
+    linear.check(x)
+    return product.linear(x, linear) if linear.expansion_metadata is None else gpu.linear(x, linear)
 
 
 def _linear_fake(x: Tensor, *operands: Any) -> Tensor:
@@ -42,7 +44,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _conv2d(x: Tensor, *operands: Any) -> Tensor:
-    return product.conv2d(x, Conv2dOperands(*operands))
+    conv2d = Conv2dOperands(*operands)
+    size = conv2d.check(x)
+    return product.conv2d(x, conv2d, size) if conv2d.expansion_metadata is None else gpu.conv2d(x, conv2d, size)
 
 
 def _conv2d_fake(x: Tensor, *operands: Any) -> Tensor:
@@ -62,6 +66,11 @@ _BIAS = 1 + LinearOperands._fields.index("bias")  # among the op's arguments
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *operands = inputs
+    if isinstance(operands[-1], str) and operands[-1] != "none":
+        raise NotImplementedError(
+            f"hinm: activation={operands[-1]!r} is fused for inference only, but x or bias requires "
+            "gradients. Apply the activation after the op, or call it under torch.inference_mode()."
+        )
     operands[_BIAS - 1] = None  # its own gradient does not ask for it, so it may change before that is taken
     ctx.save_for_backward(*operands[:TENSORS])
     ctx.numbers, ctx.x_shape = operands[TENSORS:], x.shape

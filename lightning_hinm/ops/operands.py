@@ -3,21 +3,36 @@
 Shapes: O rows, I columns (of one group in a grouped convolution), T tiles of V rows, P kept columns of a tile.
 """
 
+import functools
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_hinm import kernels
 from lightning_hinm.format import HiNMWeight, expand
 from lightning_hinm.layout import inverse
+from lightning_hinm.ops.fragments import arrange, refusal
 from lightning_hinm.pattern import HiNMPattern
 
-TENSORS = 8  # of an op's operands, all but ``x``; its numbers follow
+TENSORS = 9  # of an op's operands, all but ``x``; its numbers follow
+EXPANDED = ("expansion", "expansion_metadata", "columns", "restore")
+# What an op can do to its result. A kernel knows them by their place.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "none": None,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 class LinearOperands(NamedTuple):
-    """Of ``hinm::linear``; ``expansion``, ``columns`` and ``restore`` are the others decoded (``expand_all``)."""
+    """Of ``hinm::linear``; from ``expansion`` to ``restore`` the others decoded for a device (``expand_all``)."""
 
     values: Tensor
     metadata: Tensor
@@ -25,17 +40,21 @@ class LinearOperands(NamedTuple):
     output_order: Tensor
     bias: Tensor | None
     expansion: Tensor | None
+    expansion_metadata: Tensor | None
     columns: Tensor | None
     restore: Tensor | None
     in_features: int
     vector_size: int
+    vector_sparsity: float
     n: int
     m: int
+    window: int | None
+    activation: str = "none"
 
     @property
-    def columns_of_x(self) -> Tensor:
-        """``columns``, decoded now if it was not passed."""
-        return decode_columns(self.vector_index, self.in_features, self.m) if self.columns is None else self.columns
+    def packed(self) -> HiNMWeight:
+        """The packed weight."""
+        return HiNMWeight(*self[:4], shape=(self.values.shape[0], self.in_features), pattern=pattern_of(self))
 
     def check(self, x: Tensor) -> None:
         """Refuses an ``x`` that does not fit."""
@@ -56,6 +75,7 @@ class Conv2dOperands(NamedTuple):
     output_order: Tensor
     bias: Tensor | None
     expansion: Tensor | None
+    expansion_metadata: Tensor | None
     columns: Tensor | None
     restore: Tensor | None
     in_channels: int
@@ -69,19 +89,20 @@ class Conv2dOperands(NamedTuple):
     dilation_width: int
     groups: int
     vector_size: int
+    vector_sparsity: float
     n: int
     m: int
+    window: int | None
+    activation: str = "none"
 
     @property
-    def columns_of_x(self) -> Tensor:
-        """``columns``, decoded now if it was not passed."""
-        if self.columns is not None:
-            return self.columns
-        in_features = self.in_channels // self.groups * self.kernel_height * self.kernel_width
-        return decode_columns(self.vector_index, in_features, self.m, self.groups)
+    def packed(self) -> HiNMWeight:
+        """The packed weight."""
+        kernel = (self.in_channels // self.groups, self.kernel_height, self.kernel_width)
+        return HiNMWeight(*self[:4], shape=(self.values.shape[0], *kernel), pattern=pattern_of(self))
 
     @property
-    def window(self) -> dict[str, tuple[int, int]]:
+    def unfolding(self) -> dict[str, tuple[int, int]]:
         """As ``F.unfold`` and ``F.fold`` take it."""
         return {
             "kernel_size": (self.kernel_height, self.kernel_width),
@@ -111,30 +132,73 @@ class Conv2dOperands(NamedTuple):
 Operands = LinearOperands | Conv2dOperands
 
 
+def pattern_of(operands: Operands) -> HiNMPattern:
+    """The pattern of the weight."""
+    return _pattern(operands.vector_size, operands.vector_sparsity, operands.n, operands.m, operands.window)
+
+
+_pattern = functools.lru_cache(maxsize=64)(HiNMPattern)
+
+
+def activate(out: Tensor, activation: str) -> Tensor:
+    """``out`` through the function of that name."""
+    function = ACTIVATIONS[activation]
+    return out if function is None else function(out)
+
+
+def groups_of(operands: Operands) -> int:
+    """Channel groups of a convolution; 1 for a matrix."""
+    return operands.groups if isinstance(operands, Conv2dOperands) else 1
+
+
 def tiles(operands: Operands) -> Tensor:
-    """The expansion that was passed, else decoded now. ``[T, V, P]``."""
-    if operands.expansion is not None:
+    """The dense expansion that was passed, else decoded now. ``[T, V, P]``."""
+    if operands.expansion is not None and operands.expansion_metadata is None:
         return operands.expansion
-    # Decoding asks only for V, n and m of the pattern, and for the rows of the shape.
-    pattern = HiNMPattern(operands.vector_size, 0.0, operands.n, operands.m, None)
-    shape = (operands.values.shape[0], operands.vector_index.shape[1])
-    return expand(HiNMWeight(*operands[:4], shape=shape, pattern=pattern))
+    return expand(operands.packed)
+
+
+def columns_of_x(operands: Operands) -> Tensor:
+    """The column of ``x`` that each kept vector multiplies, decoded now if it was not passed: int64 ``[T * P]``."""
+    if operands.columns is not None and operands.expansion_metadata is None:
+        return operands.columns
+    packed = operands.packed
+    return decode_columns(packed.vector_index, math.prod(packed.shape[1:]), operands.m, groups_of(operands))
 
 
 def restored_rows(operands: Operands) -> Tensor:
     """The row of the product that each output channel is, decoded now if it was not passed: ``[O]``."""
-    return inverse(operands.output_order.to(torch.int64)) if operands.restore is None else operands.restore
+    if operands.restore is not None and operands.expansion_metadata is None:
+        return operands.restore
+    return inverse(operands.output_order.to(torch.int64))
 
 
-def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor]:
-    """What the ops need of a packed weight, decoded: cached by the layers, and passed as operands.
+def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | None]:
+    """What the ops need of a packed weight, decoded for its device: cached by the layers, and passed as operands.
+
+    Where the GPU kernels run, these are the fragments (``fragments.Fragments``), and ``expansion_metadata`` is not
+    None. Everywhere else it is None, and the others are:
 
     Returns:
         ``expansion``, ``[T, V, P]``; ``columns``, int64 ``[T * P]``, the column of ``x`` that each kept vector
         multiplies; ``restore``, int64 ``[O]``, the row of the product that each output channel is.
     """
-    columns = decode_columns(packed.vector_index, math.prod(packed.shape[1:]), packed.pattern.m, groups)
-    return {"expansion": expand(packed), "columns": columns, "restore": inverse(packed.output_order.to(torch.int64))}
+    in_features, values = math.prod(packed.shape[1:]), packed.values
+    if not values.is_meta:
+        reason = kernels.refusal(values.device) or refusal(packed.pattern, in_features, values.dtype)
+        if reason is None:
+            return dict(zip(EXPANDED, arrange(packed), strict=True))
+        if values.device.type == "cuda":
+            warn_once(f"hinm: no kernel for a packed layer: {reason}. It gathers and calls a dense product instead.")
+    columns = decode_columns(packed.vector_index, in_features, packed.pattern.m, groups)
+    restore = inverse(packed.output_order.to(torch.int64))
+    return dict(zip(EXPANDED, (expand(packed), None, columns, restore), strict=True))
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning that is given once in a process."""
+    warnings.warn(message, stacklevel=2)
 
 
 def decode_columns(vector_index: Tensor, in_features: int, m: int, groups: int = 1) -> Tensor:
@@ -163,6 +227,8 @@ def cast(operands: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _check_kind(op: str, x: Tensor, operands: Operands) -> None:
+    if operands.activation not in ACTIVATIONS:
+        raise ValueError(f"hinm::{op}: activation={operands.activation!r} must be one of {', '.join(ACTIVATIONS)}.")
     weight = operands.values if operands.expansion is None else operands.expansion
     if x.dtype != weight.dtype:
         raise TypeError(

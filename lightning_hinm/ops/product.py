@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands, restored_rows, tiles
+from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands, activate, columns_of_x, restored_rows, tiles
 
 # Numbers that the CPU gathers at a time. From rows, 16 MiB in float32: for more the allocator asks for fresh pages at
 # each call. From columns, 2 MiB: they stay in the caches until the product reads them.
@@ -23,9 +23,8 @@ WIDTH = 8
 
 
 def linear(x: Tensor, operands: LinearOperands) -> Tensor:
-    """``F.linear(x, unpack(packed), bias)``: ``[..., I]`` -> ``[..., O]``."""
-    operands.check(x)
-    expansion, columns, restore = tiles(operands), operands.columns_of_x, restored_rows(operands)
+    """``activation(F.linear(x, unpack(packed), bias))``: ``[..., I]`` -> ``[..., O]``."""
+    expansion, columns, restore = tiles(operands), columns_of_x(operands), restored_rows(operands)
     tokens = x.reshape(-1, operands.in_features)  # [N, I]
     out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
     few = tokens.shape[0] < TRANSPOSE_TOKENS or columns.shape[0] < TRANSPOSE_GATHERS * operands.in_features
@@ -41,21 +40,21 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
             padded = F.pad(block, (0, 0, 0, -len(block) % WIDTH)) if len(block) % WIDTH else block
             product = _product_of_columns(expansion, padded.t().contiguous(), columns).index_select(0, restore)
             _write(product[:, : len(block)].t(), operands.bias, part)
-    return out.reshape(*x.shape[:-1], restore.shape[0])
+    return activate(out.reshape(*x.shape[:-1], restore.shape[0]), operands.activation)
 
 
 def linear_grad(grad: Tensor, operands: LinearOperands) -> Tensor:
     """The gradient of ``x``: ``[..., O]`` -> ``[..., I]``."""
     rows = grad.reshape(-1, grad.shape[-1]).t()  # [O, N]
     gathered = _transposed_product(tiles(operands), rows.unsqueeze(0), operands.output_order)[0]  # [T * P, N]
-    grad_x = grad.new_zeros(operands.in_features, rows.shape[1]).index_add(0, operands.columns_of_x, gathered)
+    grad_x = grad.new_zeros(operands.in_features, rows.shape[1]).index_add(0, columns_of_x(operands), gathered)
     return grad_x.t().reshape(*grad.shape[:-1], operands.in_features)
 
 
-def conv2d(x: Tensor, operands: Conv2dOperands) -> Tensor:
-    """``F.conv2d(x, unpack(packed), bias, ...)``: ``[B, C, H, W]`` -> ``[B, O, OH, OW]``, or both without B."""
-    height, width = operands.check(x)
-    expansion, columns, restore = tiles(operands), operands.columns_of_x, restored_rows(operands)
+def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor:
+    """``activation(F.conv2d(x, unpack(packed), ...))``: ``[B, C, H, W]`` -> ``[B, O, *size]``, or both without B."""
+    height, width = size
+    expansion, columns, restore = tiles(operands), columns_of_x(operands), restored_rows(operands)
     bias = None if operands.bias is None else operands.bias[:, None]
     images, pixels = x.reshape(-1, *x.shape[-3:]), height * width
     out = x.new_empty(images.shape[0], restore.shape[0], pixels)  # [B, O, L]
@@ -68,7 +67,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands) -> Tensor:
             product = _product_of_columns(expansion, block.transpose(0, 1).flatten(1), columns)
             product = product.index_select(0, restore).unflatten(1, (-1, block.shape[2])).transpose(0, 1)  # [b, O, l]
             _write(product, bias, out[first : first + images_step, :, start : start + pixels_step])
-    return out.reshape(*x.shape[:-3], restore.shape[0], height, width)
+    return activate(out.reshape(*x.shape[:-3], restore.shape[0], height, width), operands.activation)
 
 
 def conv2d_grad(grad: Tensor, operands: Conv2dOperands, x_shape: torch.Size) -> Tensor:
@@ -76,8 +75,8 @@ def conv2d_grad(grad: Tensor, operands: Conv2dOperands, x_shape: torch.Size) -> 
     images = grad.reshape(-1, grad.shape[-3], grad.shape[-2] * grad.shape[-1])  # [B, O, L]
     gathered = _transposed_product(tiles(operands), images, operands.output_order)  # [B, T * P, L]
     rows = operands.in_channels * operands.kernel_height * operands.kernel_width
-    unfolded = grad.new_zeros(images.shape[0], rows, images.shape[2]).index_add(1, operands.columns_of_x, gathered)
-    return F.fold(unfolded, x_shape[-2:], **operands.window).reshape(x_shape)
+    unfolded = grad.new_zeros(images.shape[0], rows, images.shape[2]).index_add(1, columns_of_x(operands), gathered)
+    return F.fold(unfolded, x_shape[-2:], **operands.unfolding).reshape(x_shape)
 
 
 def _tokens_at_once(expansion: Tensor, tokens: int, numbers: int) -> int:
@@ -99,10 +98,10 @@ def _product_of_rows(expansion: Tensor, tokens: Tensor, columns: Tensor) -> Tens
     return torch.bmm(gathered, expansion.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
-def _product_of_columns(expansion: Tensor, columns_of_x: Tensor, columns: Tensor) -> Tensor:
+def _product_of_columns(expansion: Tensor, x: Tensor, columns: Tensor) -> Tensor:
     """``[I, N]`` -> ``[T * V, N]``, the same."""
     count, _, p = expansion.shape
-    gathered = columns_of_x.index_select(0, columns).view(count, p, -1)
+    gathered = x.index_select(0, columns).view(count, p, -1)
     return torch.bmm(expansion, gathered).flatten(0, 1)
 
 
@@ -123,7 +122,7 @@ def _transposed_product(expansion: Tensor, grad: Tensor, output_order: Tensor) -
 def _unfold(x: Tensor, operands: Conv2dOperands) -> Tensor:
     """``[B, C, H, W]`` -> ``[B, C * kh * kw, L]``; a 1 x 1 kernel needs no copy."""
     if (operands.kernel_height, operands.kernel_width) != (1, 1):
-        return F.unfold(x, **operands.window)
+        return F.unfold(x, **operands.unfolding)
     high, wide = operands.padding_height, operands.padding_width
     if (high, wide) != (0, 0):
         x = F.pad(x, (wide, wide, high, high))

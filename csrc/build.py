@@ -1,0 +1,230 @@
+"""Compiles the kernels to PTX, and describes them: ``python csrc/build.py`` writes ``lightning_hinm/ptx``.
+
+The same compiler gives the same bytes, in any folder. The ``.version`` line is lowered to what the instructions need,
+so that older drivers take the text; ptxas refuses it where that is too low. Where a text multiplies sparse matrices, a
+second one says ``mma.sp::ordered_metadata``, which GPUs of compute capability 10 and up run at full rate.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+SOURCES = Path(__file__).resolve().parent
+PTX = SOURCES.parent / "lightning_hinm" / "ptx"
+FLAGS = ("-ptx", "-arch=compute_80", "-std=c++17", "-O3")
+TARGET = "sm_80"
+# The lowest PTX version that knows the instructions, the driver that first took it (as cuDriverGetVersion says it),
+# and the compute capabilities that the text serves.
+PLAIN = {"ptx_version": "7.4", "driver": 11040, "capability": [[8, 0], [9, 99]]}
+ORDERED = {"ptx_version": "8.5", "driver": 12050, "capability": [[10, 0], [99, 99]]}
+ANY = {**PLAIN, "capability": [[8, 0], [99, 99]]}
+ARCHITECTURES = {"plain": ("sm_80", "sm_86", "sm_89", "sm_90"), "ordered": ("sm_100", "sm_120")}
+
+DTYPES = {"f16": "float16", "bf16": "bfloat16"}
+ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
+PACKING = {
+    "values": "[tiles, kept / 32, vector_size / 16, 32 lanes, 8]: a0..a7 of the A fragment of mma.sp.m16n8k32; with "
+    "g = lane / 4, t = lane % 4, a_i is row g + 8 * (i / 2 % 2) and the kept value 2 * t + i % 2 + 8 * (i / 4) of the "
+    "16 that the row has among 32 kept vectors",
+    "metadata": "[tiles, kept / 32, vector_size / 32, 32 lanes]: the lanes with t = 0, 1 hold the even block of 16 "
+    "rows (sparsity selector 0), those with t = 2, 3 the odd one (selector 1); bits 0-15 are row g, bits 16-31 row "
+    "g + 8, of the 16 kept vectors from 16 * (t % 2) on: a nibble (first position | second position << 2) for each "
+    "group of four, the lowest first",
+    "vector_index": "[tiles, kept]: the column of the input that each kept vector multiplies",
+    "rows": "[tiles * vector_size]: the output row of each packed row, -1: none",
+    "kept": "the kept vectors of a tile: those of each run padded to a multiple of 32, all to a multiple of 64, with "
+    "zero values, metadata nibble 4 and a column of the same run",
+    "activation": dict(enumerate(ACTIVATIONS)),
+}
+
+
+def _pointer(name: str, dtype: str, layout: str, alignment: int = 16) -> dict[str, Any]:
+    return {"name": name, "type": "pointer", "dtype": dtype, "layout": layout, "alignment": alignment}
+
+
+def _numbers(*names: str) -> list[dict[str, Any]]:
+    return [{"name": name.removesuffix(":64"), "type": "int64" if name.endswith(":64") else "int32"} for name in names]
+
+
+def _weight(dtype: str, x: str, out: str) -> list[dict[str, Any]]:
+    return [
+        _pointer("x", dtype, x),
+        _pointer("values", dtype, "see packing"),
+        _pointer("metadata", "uint32", "see packing"),
+        _pointer("vector_index", "uint16", "see packing"),
+        _pointer("rows", "int32", "see packing"),
+        _pointer("bias", dtype, "[output rows], or null", 2),
+        _pointer("out", dtype, out),
+    ]
+
+
+def describe_entries() -> dict[str, dict[str, Any]]:
+    """Parameters, block, grid and dynamic shared memory of every entry, by its name.
+
+    A number of the grid is a parameter's value, or ``ceil(parameter / divisor)`` where it is a pair; shared memory is
+    ``bytes`` and, for each parameter in ``per``, its value times that many bytes.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for short, dtype in DTYPES.items():
+        for tokens in (8, 16):
+            entries[f"decode_{short}_{tokens}"] = {
+                "kernel": "decode",
+                "parameters": [
+                    *_weight(dtype, "[tokens, columns], rows x_stride apart", "[tokens, rows], rows out_stride apart"),
+                    *_numbers("tokens", "packed_rows", "columns", "x_stride", "pitch", "out_stride", "vector_size"),
+                    *_numbers("kept", "activation"),
+                ],
+                "rules": "columns and x_stride are multiples of 8, pitch of 8 and at least columns; 8 more than a "
+                "multiple of 64 avoids bank conflicts; packed_rows = tiles * vector_size",
+                "block": 256,
+                "grid": [["packed_rows", 32], ["tokens", tokens], 1],
+                "shared": {"bytes": 0, "per": {"pitch": 2 * tokens}},
+            }
+        for rows in (32, 64):
+            for tokens in (128, 64):
+                entries[f"windowed_{short}_{rows}_{tokens}"] = {
+                    "kernel": "windowed",
+                    "parameters": [
+                        *_weight(dtype, "[tokens, columns], rows x_stride apart", "[tokens, rows], out_stride apart"),
+                        *_numbers("tokens", "packed_rows", "columns", "x_stride", "out_stride", "vector_size", "kept"),
+                        *_numbers("window", "kept_of_window", "kept_of_last", "activation"),
+                    ],
+                    "rules": f"vector_size is a multiple of {rows}; columns, x_stride and window are multiples of 8; "
+                    "window = columns where there is one run; kept_of_window is that of each run but the last, "
+                    "kept_of_last of the last, both multiples of 32",
+                    "block": 256,
+                    "grid": [["packed_rows", 256], ["tokens", tokens], 1],
+                    "shared": {"bytes": 512 * tokens, "per": {"window": 2 * tokens}},
+                }
+        for rows in (32, 64, 128):
+            entries[f"gather_{short}_{rows}"] = {
+                "kernel": "gather",
+                "parameters": [
+                    *_weight(dtype, "[batch, kernel_width, phases, channels, plane]", "[batch, rows, out_stride]"),
+                    *_numbers("tokens", "tiles", "batch", "kept", "x_batch:64", "out_batch:64", "out_stride", "plane"),
+                    *_numbers("pitch", "width", "channels", "tiles_of_group", "kernel_height", "kernel_width"),
+                    *_numbers("stride_height", "dilation_height", "activation"),
+                ],
+                "rules": f"vector_size is {rows}; plane and x_batch are multiples of 8, pitch too unless "
+                "kernel_height is 1; phases = min(stride_height, (kernel_height - 1) * dilation_height + 1); x has "
+                "fewer than 2 ** 31 numbers an image; of the tokens of an image, those at width and above in each "
+                "pitch are not written; a matrix [columns, tokens] is one image of channels = columns, plane = its "
+                "row stride, pitch = width, and 1 elsewhere",
+                "block": 128,
+                "grid": ["tiles", ["tokens", 128], "batch"],
+                "shared": {"bytes": 3 * (16384 + 72 * rows), "per": {"kept": 4}},
+            }
+    entries["transpose"] = {
+        "kernel": "transpose",
+        "parameters": [
+            _pointer("x", "16 bit", "[height, width], rows x_stride apart", 2),
+            _pointer("out", "16 bit", "[width, height], rows out_stride apart", 2),
+            *_numbers("height", "width", "x_stride", "out_stride"),
+        ],
+        "rules": "16-byte rows are copied sooner",
+        "block": 256,
+        "grid": [["width", 64], ["height", 64], 1],
+        "shared": {"bytes": 0, "per": {}},
+    }
+    entries["planes"] = {
+        "kernel": "planes",
+        "parameters": [
+            _pointer("x", "16 bit", "[batch, channels, height, width]", 2),
+            _pointer("out", "16 bit", "[batch, kernel_width, phases, channels, plane_height, pitch]"),
+            *_numbers("chunks", "batch", "channels", "height", "width", "phases", "plane_height", "pitch"),
+            *_numbers("stride_height", "stride_width", "padding_height", "padding_width", "dilation_width"),
+        ],
+        "rules": "pitch is a multiple of 8; chunks = kernel_width * phases * channels * plane_height * pitch / 8",
+        "block": 256,
+        "grid": [["chunks", 256], "batch", 1],
+        "shared": {"bytes": 0, "per": {}},
+    }
+    return entries
+
+
+def build(folder: Path) -> None:
+    """Writes every text and ``manifest.json`` into ``folder``.
+
+    Raises:
+        RuntimeError: if a compiler fails, or ptxas would spill registers.
+    """
+    entries = describe_entries()
+    texts: dict[str, list[dict[str, Any]]] = {}
+    resources: dict[str, dict[str, dict[str, int]]] = {name: {} for name in entries}
+    with TemporaryDirectory() as scratch:
+        for kernel in sorted({entry["kernel"] for entry in entries.values()}):
+            source = SOURCES / f"{kernel}.cu"
+            compiled = Path(scratch) / f"{kernel}.ptx"
+            _run("nvcc", *FLAGS, "-o", str(compiled), str(source))
+            plain = compiled.read_text()
+            sparse = "mma.sp" in plain
+            variants = {f"{kernel}.ptx": PLAIN if sparse else ANY}
+            if sparse:
+                variants[f"{kernel}.ordered.ptx"] = ORDERED
+            for name, variant in variants.items():
+                text = re.sub(r"^\.version .*$", f".version {variant['ptx_version']}", plain, count=1, flags=re.M)
+                if variant is ORDERED:
+                    text = text.replace("mma.sp.sync", "mma.sp::ordered_metadata.sync")
+                (folder / name).write_text(text)
+                source_bytes = source.read_bytes() + (SOURCES / "hinm.cuh").read_bytes()
+                described = {"file": name, "target": TARGET, **variant, "sha256": _sha256(text.encode())}
+                described |= {"source": f"csrc/{kernel}.cu", "source_sha256": _sha256(source_bytes)}
+                texts.setdefault(kernel, []).append(described)
+                served = ARCHITECTURES["ordered"] if variant is ORDERED else ARCHITECTURES["plain"]
+                for architecture in served if sparse else (*served, *ARCHITECTURES["ordered"]):
+                    for entry, used in assemble(folder / name, architecture).items():
+                        resources[entry][architecture] = used
+    manifest = {
+        "format": 1,
+        "compiler": _run("nvcc", "--version").strip().splitlines()[-1],
+        "flags": list(FLAGS),
+        "packing": PACKING,
+        "texts": texts,
+        "entries": {name: {**entry, "resources": resources[name]} for name, entry in entries.items()},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def assemble(text: Path, architecture: str, ptxas: str = "ptxas") -> dict[str, dict[str, int]]:
+    """Registers and static shared memory of each entry of a text, as ptxas reports them for an architecture.
+
+    Raises:
+        RuntimeError: if ptxas refuses the text, or spills registers.
+    """
+    report = _run(ptxas, "-v", f"-arch={architecture}", "-o", "/dev/null", str(text))
+    used = {}
+    for part in report.split("Compiling entry function ")[1:]:
+        name = part.split("'")[1]
+        if not re.search(r"\b0 bytes spill stores, 0 bytes spill loads", part):
+            raise RuntimeError(f"{text.name}: {name} spills registers on {architecture}. Make it smaller.")
+        registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
+        if registers is None:
+            raise RuntimeError(f"{text.name}: ptxas did not say how many registers {name} uses: {part!r}")
+        used[name] = {"registers": int(registers[1]), "shared": int(shared[1]) if shared else 0}
+    return used
+
+
+def _run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip() or result.stdout.strip()}")
+    return result.stdout + result.stderr
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=PTX, help="folder of the texts and the manifest")
+    folder: Path = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    build(folder)
+    sys.stdout.write(f"{len(list(folder.glob('*.ptx')))} texts in {folder}\n")

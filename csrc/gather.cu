@@ -1,0 +1,194 @@
+// y = activate(W x + bias) on feature-major storage: x is [columns, tokens], y is [rows, tokens].
+//
+// One CTA computes one tile for TOKENS tokens. Each kept vector multiplies one column of the input, which is a row of
+// this storage: contiguous, wherever it lies, so that the gather is 16-byte asynchronous copies and costs nothing. The
+// output row of each packed row is free for the same reason.
+//
+// A convolution reads the same way. An image [channels, height, width] is feature-major already; for kernels wider
+// than one pixel, planes.cu wrote it `kernel_width` times, shifted and padded, so that the input of one weight is a
+// contiguous run at a computed offset. Neither needs im2col.
+#include "hinm.cuh"
+
+constexpr int TOKENS = 128;
+constexpr int DEPTH = 64;  // kept vectors of a stage
+constexpr int STAGES = 3;
+constexpr int OUT_PITCH = TOKENS + 8;  // of the output tile, in floats: its rows start 8 banks apart
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * LANES;
+
+// Warps cover a tile in blocks of at most 64 rows, and share the tokens.
+template <int VECTOR_SIZE>
+struct Shape {
+    static constexpr int ROWS = VECTOR_SIZE < 64 ? VECTOR_SIZE : 64;
+    static constexpr int ROW_WARPS = VECTOR_SIZE / ROWS;
+    static constexpr int WARP_TOKENS = TOKENS / (WARPS / ROW_WARPS);
+    static constexpr int VALUES = VECTOR_SIZE * DEPTH;  // bytes of a stage: half of the numbers, two bytes each
+    static constexpr int METADATA = VECTOR_SIZE / 32 * DEPTH / 32 * LANES * 4;
+    static constexpr int INPUT = DEPTH * TOKENS * 2;
+    static constexpr int STAGE = INPUT + VALUES + METADATA;
+    static_assert(VECTOR_SIZE * OUT_PITCH * 4 <= STAGES * STAGE, "the output tile takes the place of the stages");
+};
+
+template <typename Type, int VECTOR_SIZE>
+__device__ __forceinline__ void gather(
+    const uint16_t* __restrict__ x, const uint16_t* __restrict__ values, const uint32_t* __restrict__ metadata,
+    const uint16_t* __restrict__ vector_index, const int* __restrict__ rows, const uint16_t* __restrict__ bias,
+    uint16_t* __restrict__ out, int tokens, int kept, int64_t x_batch, int64_t out_batch, int out_stride, int plane,
+    int pitch, int width, int channels, int tiles_of_group, int kernel_height, int kernel_width, int stride_height,
+    int dilation_height, int activation) {
+    using S = Shape<VECTOR_SIZE>;
+    extern __shared__ __align__(128) uint8_t stages[];  // [STAGES, STAGE], then int offsets[kept]
+    int* offsets = reinterpret_cast<int*>(stages + STAGES * S::STAGE);
+
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
+    const int warp_row = warp % S::ROW_WARPS * S::ROWS, warp_token = warp / S::ROW_WARPS * S::WARP_TOKENS;
+    const int tile = blockIdx.x, first_token = blockIdx.y * TOKENS;
+    x += blockIdx.z * x_batch;
+    out += blockIdx.z * out_batch;
+
+    // Where the input of each kept vector starts. Column (channel * kernel_height + r) * kernel_width + s is row
+    // r * dilation of the channel, in the planes shifted by s; with a stride, every stride-th row lies in one plane.
+    const int phases = min(stride_height, (kernel_height - 1) * dilation_height + 1);
+    const int groups = gridDim.x / tiles_of_group;
+    const int first_channel = tile / tiles_of_group * (channels / groups);
+    for (int k = threadIdx.x; k < kept; k += THREADS) {
+        const int column = vector_index[int64_t(tile) * kept + k];
+        const int s = column % kernel_width, r = column / kernel_width % kernel_height * dilation_height;
+        const int channel = first_channel + column / (kernel_width * kernel_height);
+        offsets[k] = ((s * phases + r % stride_height) * channels + channel) * plane + r / stride_height * pitch;
+    }
+    __syncthreads();
+
+    auto fetch = [&](int stage, int step) {
+        uint8_t* to = stages + stage * S::STAGE;
+        constexpr int CHUNKS = TOKENS / 8, AT_ONCE = THREADS / CHUNKS;
+        const int chunk = threadIdx.x % CHUNKS;
+        const int token = first_token + chunk * 8, bytes = max(0, min(8, tokens - token)) * 2;
+#pragma unroll
+        for (int i = 0; i < DEPTH / AT_ONCE; ++i) {
+            const int k = threadIdx.x / CHUNKS + i * AT_ONCE;
+            const uint16_t* from = x + offsets[step * DEPTH + k] + (bytes ? token : 0);
+            // Chunks are exchanged by the row, so that ldmatrix finds the 8 rows of a matrix in 8 different banks.
+            copy_async(shared_address(to + k * TOKENS * 2 + ((chunk ^ (k & 7)) << 4)), from, bytes);
+        }
+        const int64_t at = int64_t(tile) * (kept / DEPTH) + step;
+        const uint8_t* v = reinterpret_cast<const uint8_t*>(values) + at * S::VALUES;
+        for (int i = threadIdx.x * 16; i < S::VALUES; i += THREADS * 16)
+            copy_async(shared_address(to + S::INPUT + i), v + i, 16);
+        const uint8_t* e = reinterpret_cast<const uint8_t*>(metadata) + at * S::METADATA;
+        for (int i = threadIdx.x * 16; i < S::METADATA; i += THREADS * 16)
+            copy_async(shared_address(to + S::INPUT + S::VALUES + i), e + i, 16);
+    };
+
+    constexpr int BLOCKS = S::ROWS / 16, N_BLOCKS = S::WARP_TOKENS / 8;
+    float sums[BLOCKS][N_BLOCKS][4] = {};
+    auto multiply = [&](int stage) {
+        const uint8_t* from = stages + stage * S::STAGE;
+#pragma unroll
+        for (int half = 0; half < DEPTH / 32; ++half) {
+            uint4 a[BLOCKS];
+            uint32_t e[BLOCKS / 2];
+            const uint4* v = reinterpret_cast<const uint4*>(from + S::INPUT) + (half * (VECTOR_SIZE / 16) + warp_row / 16) * LANES + lane;
+            const uint32_t* m = reinterpret_cast<const uint32_t*>(from + S::INPUT + S::VALUES) + (half * (VECTOR_SIZE / 32) + warp_row / 32) * LANES + lane;
+#pragma unroll
+            for (int i = 0; i < BLOCKS; ++i) a[i] = v[i * LANES];
+#pragma unroll
+            for (int i = 0; i < BLOCKS / 2; ++i) e[i] = m[i * LANES];
+            const int k = half * 32 + lane;
+            const uint32_t row = shared_address(from + k * TOKENS * 2);
+#pragma unroll
+            for (int n = 0; n < N_BLOCKS; ++n) {
+                uint32_t b[4];
+                load_matrices_transposed(b, row + (((warp_token / 8 + n) ^ (k & 7)) << 4));
+#pragma unroll
+                for (int i = 0; i < BLOCKS; i += 2) {
+                    Type::template multiply<0>(sums[i][n], a[i], b, e[i / 2]);
+                    Type::template multiply<1>(sums[i + 1][n], a[i + 1], b, e[i / 2]);
+                }
+            }
+        }
+    };
+
+    const int steps = kept / DEPTH;
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
+        if (stage < steps) fetch(stage, stage);
+        commit_copies();
+    }
+    for (int step = 0; step < steps; ++step) {
+        wait_copies<STAGES - 2>();
+        __syncthreads();  // this step has arrived for all warps, and all are done with the stage that is filled next
+        if (step + STAGES - 1 < steps) fetch((step + STAGES - 1) % STAGES, step + STAGES - 1);
+        commit_copies();  // an empty group too, so that the count of groups is that of steps
+        multiply(step % STAGES);
+    }
+    __syncthreads();
+
+    // Through shared memory, so that rows are written 16 bytes a lane, and the activation stands here once.
+    float* tile_out = reinterpret_cast<float*>(stages);  // [VECTOR_SIZE, OUT_PITCH]
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i)
+#pragma unroll
+        for (int n = 0; n < N_BLOCKS; ++n)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                *reinterpret_cast<float2*>(tile_out + (warp_row + 16 * i + 8 * half + g) * OUT_PITCH + warp_token + 8 * n + 2 * t) =
+                    make_float2(sums[i][n][2 * half], sums[i][n][2 * half + 1]);
+    __syncthreads();
+    const bool whole = width == pitch && out_stride % 8 == 0;
+    constexpr int CHUNKS = TOKENS / 8;
+    for (int i = threadIdx.x; i < VECTOR_SIZE * CHUNKS; i += THREADS) {
+        const int row = rows[tile * VECTOR_SIZE + i / CHUNKS], token = first_token + i % CHUNKS * 8;
+        if (row < 0 || token >= tokens) continue;
+        const float* from = tile_out + i / CHUNKS * OUT_PITCH + i % CHUNKS * 8;
+        const float shift = bias ? Type::widen(bias[row]) : 0.0f;
+        uint16_t* line = out + int64_t(row) * out_stride;
+        uint32_t pairs[4] = {};
+#pragma unroll 1
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t pair = Type::narrow(activate(from[2 * j] + shift, activation), activate(from[2 * j + 1] + shift, activation));
+            pairs[0] = pairs[1], pairs[1] = pairs[2], pairs[2] = pairs[3], pairs[3] = pair;  // stays in registers
+        }
+        if (whole && token + 8 <= tokens) {
+            *reinterpret_cast<uint4*>(line + token) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            continue;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            // Pixels beyond the width of the image are there for alignment alone.
+            const int y = (token + j) / pitch, at = (token + j) % pitch;
+            if (token + j < tokens && at < width) line[y * width + at] = uint16_t(pairs[j / 2] >> 16 * (j % 2));
+        }
+    }
+}
+
+#define GATHER(NAME, TYPE, VECTOR_SIZE)                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                                       \
+        const uint16_t* x,        /* 16 bit  [batch, planes and channels, plane], 16-byte aligned */                  \
+        const uint16_t* values,   /* 16 bit  fragments, see hinm.cuh */                                               \
+        const uint32_t* metadata, /* uint32  fragments */                                                             \
+        const uint16_t* vector_index,    /* uint16  [tiles, kept] */                                                         \
+        const int* rows,          /* int32   [tiles * VECTOR_SIZE] */                                                 \
+        const uint16_t* bias,     /* 16 bit  [output rows], or null */                                                \
+        uint16_t* out,            /* 16 bit  [batch, output rows, out_stride] */                                      \
+        int tokens,               /* of one image: pitch times the height of its output */                            \
+        int tiles, int batch, int kept,                                                                               \
+        int64_t x_batch,          /* numbers between two images, a multiple of 8 */                                   \
+        int64_t out_batch, int out_stride,                                                                            \
+        int plane,                /* numbers between two channels, a multiple of 8 */                                 \
+        int pitch,                /* tokens between two rows of an image, a multiple of 8 where rows are shifted */   \
+        int width,                /* tokens of a row that are written */                                              \
+        int channels, int tiles_of_group, int kernel_height, int kernel_width, int stride_height,                     \
+        int dilation_height, int activation) {                                                                        \
+        gather<TYPE, VECTOR_SIZE>(x, values, metadata, vector_index, rows, bias, out, tokens, kept, x_batch, out_batch,      \
+                                  out_stride, plane, pitch, width, channels, tiles_of_group, kernel_height,           \
+                                  kernel_width, stride_height, dilation_height, activation);                          \
+    }
+
+GATHER(gather_f16_32, Half, 32)
+GATHER(gather_f16_64, Half, 64)
+GATHER(gather_f16_128, Half, 128)
+GATHER(gather_bf16_32, Bfloat16, 32)
+GATHER(gather_bf16_64, Bfloat16, 64)
+GATHER(gather_bf16_128, Bfloat16, 128)

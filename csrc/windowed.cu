@@ -1,0 +1,209 @@
+// y = activate(W x + bias) on row-major storage, for many tokens: x is [tokens, columns], y is [tokens, rows].
+//
+// The columns of a windowed pattern are cut into runs, and no group of kept vectors crosses a run. So a CTA brings in
+// one run of columns at a time, whole and coalesced, whatever was kept of it, and turns it in shared memory; there
+// every tile of the CTA gathers its own rows as ldmatrix addresses. How much of the input moves does not depend on the
+// height of a tile. A pattern without windows is one run: all columns are held at once.
+//
+// One CTA computes 256 packed rows for TOKENS tokens, with 8 warps. Input passes through two buffers of CHUNK columns,
+// so that the next ones arrive while a run is multiplied.
+#include "hinm.cuh"
+
+constexpr int ROWS = 256;
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * LANES;
+constexpr int CHUNK = 128;  // columns of a buffer
+constexpr int OUT_TOKENS = 32;  // tokens written at a time: their floats take the place of the buffers
+constexpr int OUT_PITCH = ROWS + 4;  // floats between two tokens: a fragment is then stored without bank conflicts
+
+// A warp covers WARP_ROWS rows of one tile, so that one gather serves them all.
+template <int WARP_ROWS, int TOKENS>
+struct Shape {
+    static constexpr int ROW_WARPS = ROWS / WARP_ROWS;
+    static constexpr int WARP_TOKENS = TOKENS / (WARPS / ROW_WARPS);
+    static constexpr int BUFFER = TOKENS * CHUNK * 2;  // bytes
+    static_assert(OUT_TOKENS * OUT_PITCH * 4 <= 2 * BUFFER + TOKENS * 8 * 2, "beside the shortest run");
+};
+
+template <typename Type, int WARP_ROWS, int TOKENS>
+__device__ __forceinline__ void windowed(
+    const uint16_t* __restrict__ x, const uint16_t* __restrict__ values, const uint32_t* __restrict__ metadata,
+    const uint16_t* __restrict__ vector_index, const int* __restrict__ rows, const uint16_t* __restrict__ bias,
+    uint16_t* __restrict__ out, int tokens, int packed_rows, int columns, int x_stride, int out_stride,
+    int vector_size, int kept, int window, int kept_of_window, int kept_of_last, int activation) {
+    using S = Shape<WARP_ROWS, TOKENS>;
+    extern __shared__ __align__(256) uint8_t memory[];  // buffers [2, TOKENS, CHUNK], then the run [window, TOKENS]
+    uint8_t* run = memory + 2 * S::BUFFER;
+
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
+    const int warp_row = warp % S::ROW_WARPS * WARP_ROWS, warp_token = warp / S::ROW_WARPS * S::WARP_TOKENS;
+    const int first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
+    const bool active = first_row + warp_row < packed_rows;
+    const int tile = (first_row + warp_row) / vector_size, row_of_tile = (first_row + warp_row) % vector_size;
+    const int runs = (columns + window - 1) / window, chunks_of_run = (window + CHUNK - 1) / CHUNK;
+
+    // Chunk c of all runs, row-major: 16 bytes are 8 columns of one token. Chunks of 16 bytes are exchanged by the
+    // token, so that ldmatrix finds those of 8 tokens in 8 different banks.
+    auto fetch = [&](int c) {
+        const int first = c / chunks_of_run * window + c % chunks_of_run * CHUNK;
+        const int end = min(min((c / chunks_of_run + 1) * window, columns), first + CHUNK);
+        uint8_t* to = memory + c % 2 * S::BUFFER;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < TOKENS * CHUNK / 8; i += THREADS) {
+            const int token = i / (CHUNK / 8), chunk = i % (CHUNK / 8), column = first + chunk * 8;
+            const bool exists = first_token + token < tokens && column < end;
+            const uint16_t* from = x + (exists ? int64_t(first_token + token) * x_stride + column : 0);
+            const int bytes = exists ? min(8, end - column) * 2 : 0;
+            copy_async(shared_address(to + token * CHUNK * 2 + ((chunk ^ (token & 7)) << 4)), from, bytes);
+        }
+    };
+    // Turns chunk c into rows of the run: [column, token], 16 bytes are 8 tokens, exchanged by the column.
+    auto transpose = [&](int c) {
+        const uint32_t from = shared_address(memory + c % 2 * S::BUFFER);
+        const int first = c % chunks_of_run * CHUNK, end = min(window, first + CHUNK);
+#pragma unroll 2
+        for (int i = warp; i < TOKENS / 32 * (CHUNK / 8); i += WARPS) {
+            const int tokens32 = i / (CHUNK / 8) * 32, chunk = i % (CHUNK / 8), column = first + chunk * 8 + g;
+            uint32_t pairs[4];  // of column g: tokens 8 j + 2 t and the next
+            const int token = tokens32 + lane;
+            load_matrices_transposed(pairs, from + token * CHUNK * 2 + ((chunk ^ (token & 7)) << 4));
+            uint8_t* row = run + column * TOKENS * 2 + 4 * t;
+            if (column < end) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    *reinterpret_cast<uint32_t*>(row + (((tokens32 / 8 + j) ^ (column & 7)) << 4)) = pairs[j];
+            }
+        }
+    };
+
+    constexpr int BLOCKS = WARP_ROWS / 16, N_BLOCKS = S::WARP_TOKENS / 8;
+    struct Weights {
+        uint4 values[BLOCKS];
+        uint32_t metadata[BLOCKS / 2];
+        int column;
+    };
+    auto load = [&](int step) {
+        Weights w;
+        const int64_t at = int64_t(tile) * (kept / 32) + step;
+        const uint4* v = reinterpret_cast<const uint4*>(values) + (at * (vector_size / 16) + row_of_tile / 16) * LANES + lane;
+        const uint32_t* e = metadata + (at * (vector_size / 32) + row_of_tile / 32) * LANES + lane;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; ++i) w.values[i] = __ldg(v + i * LANES);
+#pragma unroll
+        for (int i = 0; i < BLOCKS / 2; ++i) w.metadata[i] = __ldg(e + i * LANES);
+        w.column = __ldg(vector_index + at * 32 + lane);
+        return w;
+    };
+    float sums[BLOCKS][N_BLOCKS][4] = {};
+    auto multiply = [&](const Weights& w, int first_column) {
+        const int column = w.column - first_column;
+        const uint32_t row = shared_address(run + column * TOKENS * 2);
+#pragma unroll
+        for (int n = 0; n < N_BLOCKS; ++n) {
+            uint32_t b[4];
+            load_matrices_transposed(b, row + (((warp_token / 8 + n) ^ (column & 7)) << 4));
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i += 2) {
+                Type::template multiply<0>(sums[i][n], w.values[i], b, w.metadata[i / 2]);
+                Type::template multiply<1>(sums[i + 1][n], w.values[i + 1], b, w.metadata[i / 2]);
+            }
+        }
+    };
+
+    const int chunks = runs * chunks_of_run;
+    fetch(0);
+    commit_copies();
+    if (chunks > 1) fetch(1);
+    commit_copies();
+    // The last run may be shorter; its steps are what is left.
+    for (int r = 0, step = 0; r < runs; ++r) {
+        for (int c = r * chunks_of_run; c < (r + 1) * chunks_of_run; ++c) {
+            wait_copies<1>();
+            __syncthreads();  // chunk c is there for all warps, and all are done with the run before
+            transpose(c);
+            __syncthreads();  // its buffer is free
+            if (c + 2 < chunks) fetch(c + 2);
+            commit_copies();
+        }
+        if (!active) continue;
+        const int end = step + (r + 1 < runs ? kept_of_window : kept_of_last) / 32;
+        Weights next = load(step);
+        while (step < end) {
+            const Weights now = next;
+            if (++step < end) next = load(step);
+            multiply(now, r * window);
+        }
+    }
+
+    // Through shared memory, so that rows are written 16 bytes a lane, and the activation stands here once.
+    float* block = reinterpret_cast<float*>(memory);  // [OUT_TOKENS, OUT_PITCH]
+#pragma unroll 1
+    for (int pass = 0; pass < TOKENS / OUT_TOKENS; ++pass) {
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < N_BLOCKS; ++n) {
+            const int token = warp_token + 8 * n - pass * OUT_TOKENS;
+            if (token < 0 || token >= OUT_TOKENS) continue;
+#pragma unroll
+            for (int i = 0; i < BLOCKS; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    block[(token + 2 * t + (j & 1)) * OUT_PITCH + warp_row + 16 * i + g + 8 * (j >> 1)] = sums[i][n][j];
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < OUT_TOKENS * (ROWS / 8); i += THREADS) {
+            const int token = first_token + pass * OUT_TOKENS + i / (ROWS / 8), row = first_row + i % (ROWS / 8) * 8;
+            if (token >= tokens || row >= packed_rows) continue;
+            const float* from = block + i / (ROWS / 8) * OUT_PITCH + i % (ROWS / 8) * 8;
+            uint16_t* line = out + int64_t(token) * out_stride;
+            const int first = rows[row];
+            bool together = first % 8 == 0 && out_stride % 8 == 0;
+            uint32_t pairs[4] = {};
+#pragma unroll 1
+            for (int j = 0; j < 4; ++j) {
+                const int2 to = *reinterpret_cast<const int2*>(rows + row + 2 * j);
+                together = together && to.x == first + 2 * j && to.y == first + 2 * j + 1;
+                const float low = from[2 * j] + (bias && to.x >= 0 ? Type::widen(bias[to.x]) : 0.0f);
+                const float high = from[2 * j + 1] + (bias && to.y >= 0 ? Type::widen(bias[to.y]) : 0.0f);
+                const uint32_t pair = Type::narrow(activate(low, activation), activate(high, activation));
+                pairs[0] = pairs[1], pairs[1] = pairs[2], pairs[2] = pairs[3], pairs[3] = pair;  // stays in registers
+            }
+            if (together) {
+                *reinterpret_cast<uint4*>(line + first) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const int to = rows[row + j];
+                if (to >= 0) line[to] = uint16_t(pairs[j / 2] >> 16 * (j % 2));
+            }
+        }
+    }
+}
+
+#define WINDOWED(NAME, TYPE, WARP_ROWS, TOKENS)                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                                       \
+        const uint16_t* x,        /* 16 bit  [tokens, columns], rows x_stride apart, both multiples of 8 */           \
+        const uint16_t* values,   /* 16 bit  fragments, see hinm.cuh */                                               \
+        const uint32_t* metadata, /* uint32  fragments */                                                             \
+        const uint16_t* vector_index,    /* uint16  [tiles, kept] */                                                         \
+        const int* rows,          /* int32   [packed_rows = tiles * vector_size] */                                   \
+        const uint16_t* bias,     /* 16 bit  [output rows], or null */                                                \
+        uint16_t* out,            /* 16 bit  [tokens, output rows], rows out_stride apart */                          \
+        int tokens, int packed_rows, int columns, int x_stride, int out_stride, int vector_size, int kept, int window,\
+        int kept_of_window,       /* of the kept vectors, those of each run but the last, a multiple of 32 */         \
+        int kept_of_last, int activation) {                                                                           \
+        windowed<TYPE, WARP_ROWS, TOKENS>(x, values, metadata, vector_index, rows, bias, out, tokens, packed_rows, columns,  \
+                                          x_stride, out_stride, vector_size, kept, window, kept_of_window,            \
+                                          kept_of_last, activation);                                                  \
+    }
+
+// Tiles of 32 rows have warps of their own; 64 tokens where 128 would not fit into shared memory.
+WINDOWED(windowed_f16_32_128, Half, 32, 128)
+WINDOWED(windowed_f16_64_128, Half, 64, 128)
+WINDOWED(windowed_f16_32_64, Half, 32, 64)
+WINDOWED(windowed_f16_64_64, Half, 64, 64)
+WINDOWED(windowed_bf16_32_128, Bfloat16, 32, 128)
+WINDOWED(windowed_bf16_64_128, Bfloat16, 64, 128)
+WINDOWED(windowed_bf16_32_64, Bfloat16, 32, 64)
+WINDOWED(windowed_bf16_64_64, Bfloat16, 64, 64)

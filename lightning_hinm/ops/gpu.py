@@ -1,0 +1,171 @@
+"""The ops from fragments: which kernel runs, on what storage, with which arguments.
+
+Shapes: O rows, I columns, N tokens; B images of C channels; K kept vectors of a tile, padded.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hinm import kernels
+from lightning_hinm.ops import cost, product
+from lightning_hinm.ops.cost import ALIGNED, Call, Choice
+from lightning_hinm.ops.fragments import Fragments, kept_of_runs
+from lightning_hinm.ops.operands import (
+    ACTIVATIONS,
+    Conv2dOperands,
+    LinearOperands,
+    Operands,
+    groups_of,
+    pattern_of,
+    warn_once,
+)
+
+SHORT = {torch.float16: "f16", torch.bfloat16: "bf16"}
+ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
+MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
+MOST_IMAGES = 65535
+PLANES_BYTES = 1 << 28  # of shifted planes at a time
+
+
+def linear(x: Tensor, operands: LinearOperands) -> Tensor:
+    """``hinm::linear`` from fragments: ``[..., I]`` -> ``[..., O]``."""
+    tokens = x.reshape(-1, operands.in_features)
+    out = x.new_empty(tokens.shape[0], operands.output_order.shape[0])
+    if not out.numel():
+        return out.reshape(*x.shape[:-1], out.shape[1])
+    call = Call(pattern_of(operands), out.shape[1], operands.in_features, out.shape[0], _is_feature_major(tokens))
+    choice = cost.choose_kernel(call, kernels.shared_limit(x.device), cost.gpu_of(x.device))
+    if choice is None:
+        warn_once(f"hinm::linear: no kernel has the shared memory for {call}. It gathers for a dense product.")
+        return product.linear(x, operands)
+    {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel](tokens, out, operands, choice)
+    return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
+    tokens, weight = _aligned_rows(tokens), _fragments(operands)
+    n, columns = tokens.shape
+    numbers = (n, len(weight.rows), columns, tokens.stride(0), cost.decode_pitch(columns), out.stride(0))
+    tail = (weight.tile_rows, weight.kept, ACTIVATION[operands.activation])
+    entry = f"decode_{SHORT[out.dtype]}_{choice.tokens}"
+    kernels.launch(entry, tokens, *weight, _bias(operands), out, *numbers, *tail)
+
+
+def _windowed(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
+    tokens, weight, pattern = _aligned_rows(tokens), _fragments(operands), pattern_of(operands)
+    n, columns = tokens.shape
+    kept = kept_of_runs(pattern, operands.in_features)
+    window = columns if len(kept) == 1 else pattern.window
+    numbers = (n, len(weight.rows), columns, tokens.stride(0), out.stride(0), weight.tile_rows, weight.kept)
+    tail = (window, kept[0], kept[-1], ACTIVATION[operands.activation])
+    entry = f"windowed_{SHORT[out.dtype]}_{min(weight.tile_rows, 64)}_{choice.tokens}"
+    kernels.launch(entry, tokens, *weight, _bias(operands), out, *numbers, *tail)
+
+
+def _gather(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
+    """Through feature-major storage: turned on the way in, unless it lies so already, and on the way out."""
+    i, o = operands.in_features, out.shape[1]
+    step = (MOST_NUMBERS - 1) // max(i, o) // cost.GATHER_TOKENS * cost.GATHER_TOKENS
+    for first in range(0, len(tokens), step):
+        part, out_part = tokens[first : first + step], out[first : first + step]
+        columns, pitch = part.t(), -(-len(part) // ALIGNED) * ALIGNED
+        if not (_is_feature_major(part) and columns.stride(0) % ALIGNED == 0 and columns.data_ptr() % 16 == 0):
+            columns = _turn(part, part.new_empty(i, pitch))
+        rows = out.new_empty(o, pitch)
+        _launch_gather(columns, rows, operands, Image(len(part), columns.stride(0), i))
+        _turn(rows[:, : len(part)], out_part)
+
+
+def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor:
+    """``hinm::conv2d`` from fragments: ``[B, C, H, W]`` -> ``[B, O, *size]``, or both without B."""
+    images = x.reshape(-1, *x.shape[-3:])
+    rows, (high, wide) = operands.output_order.shape[0], size
+    out = x.new_empty(images.shape[0], rows, high, wide)
+    # One channel of the planes, in whole rows (planes.cu); with a stride, as many phases as the kernel meets.
+    pitch = -(-wide // ALIGNED) * ALIGNED
+    phases = min(operands.stride_height, (operands.kernel_height - 1) * operands.dilation_height + 1)
+    plane_height = -(-(x.shape[-2] + 2 * operands.padding_height) // operands.stride_height)
+    plane = plane_height * pitch
+    numbers = operands.kernel_width * phases * operands.in_channels * plane
+    weight = _fragments(operands)
+    shared = cost.gather_shared(weight.tile_rows, weight.kept)
+    if shared > kernels.shared_limit(x.device) or numbers >= MOST_NUMBERS:
+        warn_once(f"hinm::conv2d: no kernel takes images of {list(x.shape)} here. It unfolds them for a dense product.")
+        return product.conv2d(x, operands, size)
+    step = min(max(PLANES_BYTES // (2 * numbers), 1), MOST_IMAGES)
+    for first in range(0, len(out) if out.numel() else 0, step):
+        part, out_part = images[first : first + step].contiguous(), out[first : first + step].flatten(2)
+        if _is_read_as_it_lies(part, operands):
+            matrix = part.flatten(2)
+            _launch_gather(matrix, out_part, operands, Image(high * wide, high * wide, part.shape[1]))
+            continue
+        shifted = x.new_empty(len(part), numbers)
+        spatial = (operands.stride_height, operands.stride_width, operands.padding_height, operands.padding_width)
+        image = (numbers // 8, *part.shape, phases, plane_height, pitch)
+        kernels.launch("planes", part, shifted, *image, *spatial, operands.dilation_width)
+        kernel = (operands.kernel_height, operands.kernel_width, operands.stride_height, operands.dilation_height)
+        image_of_planes = Image(high * pitch, plane, part.shape[1], pitch, wide, kernel)
+        _launch_gather(shifted, out_part, operands, image_of_planes)
+    return out.reshape(*x.shape[:-3], *out.shape[1:])
+
+
+class Image(NamedTuple):
+    """How the gather kernel finds its input (gather.cu); a matrix of columns and tokens is an image of one long row."""
+
+    tokens: int
+    plane: int
+    channels: int
+    pitch: int = ALIGNED
+    width: int = ALIGNED
+    kernel: tuple[int, int, int, int] = (1, 1, 1, 1)  # height, width, stride and dilation of its height
+
+
+def _launch_gather(x: Tensor, out: Tensor, operands: Operands, image: Image) -> None:
+    """``x``: ``[I, N]`` or a batch of images; ``out``: ``[O, N]`` or ``[B, O, pixels]``."""
+    batch, x_batch, out_batch = (len(out), x.stride(0), out.stride(0)) if out.dim() == 3 else (1, 0, 0)
+    weight = _fragments(operands)
+    tiles = len(weight.values)
+    numbers = (image.tokens, tiles, batch, weight.kept, x_batch, out_batch, out.stride(-2))
+    place = (image.plane, image.pitch, image.width, image.channels, tiles // groups_of(operands), *image.kernel)
+    entry = f"gather_{SHORT[out.dtype]}_{weight.tile_rows}"
+    kernels.launch(entry, x, *weight, _bias(operands), out, *numbers, *place, ACTIVATION[operands.activation])
+
+
+def _turn(x: Tensor, out: Tensor) -> Tensor:
+    """``out[:, :N] = x^T`` for ``x`` of shape ``[N, M]``, rows of both without gaps inside; returns that part."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    kernels.launch("transpose", x, out, *x.shape, x.stride(0), out.stride(0))
+    return out[:, : len(x)]
+
+
+def _aligned_rows(tokens: Tensor) -> Tensor:
+    """``tokens`` itself where its rows are whole aligned copies of 16 bytes, else one of which that is true."""
+    if tokens.shape[1] % ALIGNED:
+        return F.pad(tokens, (0, -tokens.shape[1] % ALIGNED))
+    if tokens.stride(1) != 1 or tokens.stride(0) % ALIGNED or tokens.data_ptr() % 16:
+        return tokens.clone(memory_format=torch.contiguous_format)
+    return tokens
+
+
+def _is_feature_major(tokens: Tensor) -> bool:
+    return tokens.stride(0) == 1 and tokens.stride(1) != 1
+
+
+def _is_read_as_it_lies(images: Tensor, operands: Conv2dOperands) -> bool:
+    """Whether an image is a matrix of channels and pixels: each weight of its kernel meets every pixel."""
+    pixel = (operands.kernel_height, operands.kernel_width, operands.stride_height, operands.stride_width)
+    unpadded = (operands.padding_height, operands.padding_width) == (0, 0)
+    whole = images.shape[2] * images.shape[3] % ALIGNED == 0 and images.data_ptr() % 16 == 0
+    return pixel == (1, 1, 1, 1) and unpadded and whole
+
+
+def _bias(operands: Operands) -> Tensor | None:
+    return None if operands.bias is None else operands.bias.contiguous()
+
+
+def _fragments(operands: Operands) -> Fragments:
+    """They are passed as the weight's expansion, and whole."""
+    return Fragments(operands.expansion, operands.expansion_metadata, operands.columns, operands.restore)  # type: ignore

@@ -1,0 +1,374 @@
+"""The machine: a grid in chunks of CTAs, lanes as arrays, the lowest program counter first.
+
+Layout: a group of lanes is ``[warps, CTAs, 32]`` flattened, so that one warp of every CTA is a slice. Lockstep has one
+group of all warps; the schedule "warps" has a group for each, and runs them one after another between barriers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .memory import GlobalMemory
+from .operands import Step
+from .parse import Instruction
+from .report import Fault, Report
+from .shared import SharedMemory
+from .values import U32, U64, Array
+
+LANES = 32
+
+
+@dataclass
+class Block:
+    """Instructions without a branch between, then one that chooses where to go on (-1: the group chooses)."""
+
+    steps: list[Step]
+    end: Any
+    length: int
+
+
+@dataclass
+class Launch:
+    """What all chunks of a run share."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    memory: GlobalMemory
+    parameters: dict[str, Array]
+    report: Report
+    shared_bytes: int
+    dynamic_bytes: int
+    races: bool
+    precise: bool
+    registers: int
+    local_bytes: int
+    budget: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return int(np.prod(self.block))
+
+    @property
+    def warps(self) -> int:
+        """Warps of a CTA, the last one perhaps not full."""
+        return -(-self.threads // LANES)
+
+
+@dataclass
+class Waiting:
+    """Lanes of a group that wait at a barrier and go on at ``pc``."""
+
+    pc: int
+    mask: Array
+    barrier: int
+    count: int
+    ins: Instruction
+
+
+@dataclass
+class Copy:
+    """One cp.async of some lanes: ``number`` is the group it was issued in, counted by each lane."""
+
+    lanes: Array
+    number: Array
+    index: Array
+    raw: Array
+
+
+class Group:
+    """Lanes that advance together, with their registers.
+
+    Attributes:
+        mask: lanes that the current instruction is for, None for all; ``active`` their number, ``index`` their places.
+        live: lanes that have not exited.
+        pending: other program counters, with the lanes that wait there to go on.
+    """
+
+    def __init__(self, machine: "Machine", first_warp: int, warps: int) -> None:
+        launch = machine.launch
+        ctas = len(machine.ctas)
+        self.machine = machine
+        self.launch = launch
+        self.report = launch.report
+        self.shared = machine.shared
+        self.memory = launch.memory
+        self.layout = (warps, ctas, LANES)
+        self.lanes = warps * ctas * LANES
+        self.shape = (self.lanes,)
+        self.rows = warps * ctas
+        self.first_warp = first_warp
+        self.registers: list[Array | None] = [None] * launch.registers
+        warp, cta, lane = np.meshgrid(
+            np.arange(first_warp, first_warp + warps), np.arange(ctas), np.arange(LANES), indexing="ij"
+        )
+        self.warp_ids = warp.reshape(-1)
+        self.cta_slots = cta.reshape(-1)
+        self.thread_ids = (warp * LANES + lane).reshape(-1)
+        self.lane_ids = lane.reshape(-1).astype(U32)
+        self.shared_base = self.cta_slots * machine.shared.stride
+        ones = U64(0x0101010101010101)
+        self.codes = (self.warp_ids + 1).astype(U64) * ones if launch.races else np.zeros(self.lanes, dtype=U64)
+        self.all_lanes = np.arange(self.lanes)
+        self.live = self.thread_ids < launch.threads
+        self.alive = int(np.count_nonzero(self.live))
+        self.pending: dict[int, Array | None] = {0: None if self.alive == self.lanes else self.live}
+        self.blocked: list[Waiting] = []
+        self.copies: list[Copy] = []
+        self.committed = np.zeros(self.lanes, dtype=np.int64)
+        self.cache: dict[Any, Any] = {}
+        self.local: Array | None = None
+        self.enter(None)
+
+    def enter(self, mask: Array | None, active: int | None = None) -> None:
+        """Make ``mask`` the lanes of what follows."""
+        self.active = self.lanes if mask is None else int(np.count_nonzero(mask)) if active is None else active
+        self.mask = None if self.active == self.lanes else mask
+        self._index: Array | None = self.all_lanes if self.mask is None else None
+        self._warps: int | None = self.rows if self.mask is None else None
+
+    @property
+    def index(self) -> Array:
+        """Places of the active lanes."""
+        if self._index is None:
+            self._index = np.flatnonzero(self.mask)  # type: ignore[arg-type]
+        return self._index
+
+    @property
+    def active_warps(self) -> int:
+        """Warps with an active lane."""
+        if self._warps is None:
+            self._warps = int(self.mask.reshape(-1, LANES).any(axis=1).sum())  # type: ignore[union-attr]
+        return self._warps
+
+    def pick(self, value: Any) -> Array:
+        """The active lanes' part of a value over all lanes."""
+        if self.mask is None:
+            return value if value.shape == self.shape else np.broadcast_to(value, self.lanes)
+        return value[self.index] if value.shape == self.shape else np.broadcast_to(value, self.active)
+
+    def spread(self, values: Array) -> Array:
+        """The inverse of `pick`, zero at lanes that are not active."""
+        if self.mask is None:
+            return values
+        whole = np.zeros((self.lanes, *values.shape[1:]), dtype=values.dtype)
+        whole[self.index] = values
+        return whole
+
+    def warp_rows(self, ins: Instruction) -> Array | None:
+        """Rows of 32 lanes that are active, None for all; a row with some lanes only is a fault."""
+        if self.mask is None:
+            return None
+        counts = self.mask.reshape(-1, LANES).sum(axis=1)
+        part = (counts != 0) & (counts != LANES)
+        if part.any():
+            row = int(part.argmax())
+            raise ins.fault(f"{self.describe(row * LANES)}: only {counts[row]} of the 32 lanes of the warp are active")
+        return np.flatnonzero(counts)
+
+    def cta(self, slot: int) -> tuple[int, int, int]:
+        """Place of a CTA in the grid."""
+        x, y, _ = self.launch.grid
+        number = int(self.machine.ctas[slot])
+        return number % x, number // x % y, number // (x * y)
+
+    def describe(self, lane: int) -> str:
+        """CTA and thread of a lane, for messages."""
+        x, y, _ = self.launch.block
+        number = int(self.thread_ids[lane])
+        place = (number % x, number // x % y, number // (x * y))
+        return f"CTA {self.cta(int(self.cta_slots[lane]))} thread {place} (warp {int(self.warp_ids[lane])})"
+
+    def grid_warps(self, lanes: Array) -> Array:
+        """A number for each lane's warp that is its own in the whole grid, from 1."""
+        numbers = self.machine.ctas[self.cta_slots[lanes]] * self.launch.warps + self.warp_ids[lanes] + 1
+        return numbers.astype(U32)
+
+    def special(self, name: str) -> Array:
+        """A special register over all lanes."""
+        if name not in self.cache:
+            if name.startswith("clock") or name == "globaltimer":
+                return np.full(self.lanes, self.machine.steps, dtype=U64 if name in ("clock64", "globaltimer") else U32)
+            self.cache[name] = self._special(name)
+        return self.cache[name]
+
+    def _special(self, name: str) -> Array:
+        base, _, axis = name.partition(".")
+        at = "xyz".find(axis) if axis else 0
+        if base in ("tid", "ctaid"):
+            numbers = self.thread_ids if base == "tid" else self.machine.ctas[self.cta_slots]
+            x, y, _ = self.launch.block if base == "tid" else self.launch.grid
+            value = (numbers % x, numbers // x % y, numbers // (x * y))[at]
+        elif base in ("ntid", "nctaid"):
+            value = np.array((self.launch.block if base == "ntid" else self.launch.grid)[at])
+        elif base == "warpid":
+            value = self.warp_ids
+        elif base == "nwarpid":
+            value = np.array(self.launch.warps)
+        elif base == "dynamic_smem_size":
+            value = np.array(self.launch.dynamic_bytes)
+        elif base == "total_smem_size":
+            value = np.array(self.launch.shared_bytes)
+        elif base.startswith("lanemask_"):
+            lane = self.lane_ids.astype(np.int64)
+            value = {
+                "eq": 1 << lane,
+                "lt": (1 << lane) - 1,
+                "le": (2 << lane) - 1,
+                "gt": ~((2 << lane) - 1),
+                "ge": ~((1 << lane) - 1),
+            }[base[9:]]
+        else:
+            value = self.lane_ids if base == "laneid" else np.array({"smid": 0, "nsmid": 1, "gridid": 0}.get(base, 0))
+        return np.broadcast_to(value, self.lanes).astype(U32)
+
+    def go(self, pc: int, mask: Array | None) -> None:
+        """Let lanes go on at ``pc``, together with those already there."""
+        if pc in self.pending and self.pending[pc] is not None and mask is not None:
+            mask = self.pending[pc] | mask  # type: ignore[operator]
+        self.pending[pc] = mask
+
+    def exit(self, mask: Array | None) -> None:
+        """End lanes."""
+        self.live = self.live & ~mask if mask is not None else np.zeros(self.lanes, dtype=bool)
+        self.alive = int(np.count_nonzero(self.live))
+
+    def current(self) -> Array:
+        """The active lanes as a mask."""
+        return np.ones(self.lanes, dtype=bool) if self.mask is None else self.mask
+
+    def arrive(self, ins: Instruction, barrier: int, count: int, pc: int) -> int:
+        """Come to a barrier; goes on at once if that completes it for every CTA."""
+        mask = self.current()
+        rows, live = mask.reshape(-1, LANES), self.live.reshape(-1, LANES)
+        torn = rows.any(axis=1) & (rows != live).any(axis=1)
+        if torn.any():
+            lane = int(torn.argmax()) * LANES
+            raise ins.fault(f"{self.describe(lane)}: divergent barrier, only some of the warp's threads arrive")
+        whole = self.active == self.alive and self.layout[0] == self.launch.warps
+        if whole and count == 0 and not self.blocked and not self.pending:
+            self.machine.complete_all(self)
+            return pc
+        self.blocked.append(Waiting(pc, mask, barrier, count, ins))
+        return -1
+
+    def run(self, blocks: dict[int, Block]) -> None:
+        """Go on until every lane waits at a barrier or has exited, the lowest program counter first."""
+        machine, pending = self.machine, self.pending
+        while pending:
+            pc = min(pending)
+            self.enter(pending.pop(pc))
+            while pc >= 0:
+                block = blocks[pc]
+                machine.count(block, self)
+                for step in block.steps:
+                    step(self)
+                pc = block.end(self)
+                if pending and pc >= min(pending):
+                    self.go(pc, self.mask)
+                    break
+
+
+class Machine:
+    """One chunk of CTAs, run to its end."""
+
+    def __init__(self, launch: Launch, ctas: Array, schedule: str, rng: np.random.Generator) -> None:
+        self.launch = launch
+        self.ctas = ctas
+        self.rng = rng
+        self.steps = 0
+        self.shared = SharedMemory(len(ctas), launch.shared_bytes, races=launch.races, precise=launch.precise)
+        warps = launch.warps
+        if schedule == "lockstep":
+            self.groups = [Group(self, 0, warps)]
+        else:
+            self.groups = [Group(self, warp, 1) for warp in range(warps)]
+
+    def count(self, block: Block, group: Group) -> None:
+        """Count a block's instructions, and stop a kernel that does not end."""
+        self.steps += block.length
+        self.launch.report.instructions += block.length * group.active_warps
+        if self.steps > self.launch.budget:
+            raise Fault(f"more than max_instructions={self.launch.budget} instructions: the kernel does not end")
+
+    def run(self, blocks: dict[int, Block]) -> None:
+        """Run all groups from barrier to barrier."""
+        with np.errstate(all="ignore"):
+            while True:
+                order = self.rng.permutation(len(self.groups)) if len(self.groups) > 1 else range(1)
+                for number in order:
+                    self.groups[int(number)].run(blocks)
+                if not any(group.blocked for group in self.groups):
+                    return
+                self.release()
+
+    def complete_all(self, group: Group) -> None:
+        """A barrier that all threads of all CTAs of a lone group have reached."""
+        ctas = np.arange(len(self.ctas))
+        live = group.live.reshape(group.layout).any(axis=(0, 2))
+        self.launch.report.barriers += int(live.sum())
+        self.shared.barrier(ctas, np.zeros(len(ctas), dtype=np.int64), np.ones(len(ctas), dtype=bool))
+
+    def release(self) -> None:
+        """Complete the barriers that have all their warps; if none has, the kernel hangs."""
+        warps, ctas = self.launch.warps, len(self.ctas)
+        barrier = np.full((warps, ctas), -1)
+        count = np.zeros((warps, ctas), dtype=np.int64)
+        live = np.zeros((warps, ctas), dtype=bool)
+        for group in self.groups:
+            rows = slice(group.first_warp, group.first_warp + group.layout[0])
+            live[rows] = group.live.reshape(group.layout).any(axis=2)
+            for waiting in group.blocked:
+                here = waiting.mask.reshape(group.layout).any(axis=2)
+                barrier[rows][here] = waiting.barrier
+                count[rows][here] = waiting.count
+        freed = np.zeros((warps, ctas), dtype=bool)
+        bits = (1 << np.arange(warps))[:, None]
+        for number in np.unique(barrier[barrier >= 0]).tolist():
+            here = barrier == number
+            wanted = np.where(here, count, 0).max(axis=0)
+            if (here & (count != wanted)).any():
+                raise self.stuck(f"warps wait at barrier {number} with different thread counts")
+            needed = np.where(wanted == 0, live.sum(axis=0), wanted // LANES)
+            arrived = here.sum(axis=0)
+            done = (arrived > 0) & (arrived >= needed)
+            if (done & (arrived > needed)).any():
+                raise self.stuck(f"more warps wait at barrier {number} than its count of threads allows")
+            if done.any():
+                freed |= here & done
+                slots = np.flatnonzero(done)
+                passed = np.where(here, bits, 0).sum(axis=0)[slots]
+                whole = (here == live).all(axis=0)[slots]
+                self.launch.report.barriers += len(slots)
+                self.shared.barrier(slots, passed, whole)
+        if not freed.any():
+            raise self.stuck("deadlock: no barrier has all its threads")
+        for group in self.groups:
+            self.wake(group, freed[group.first_warp : group.first_warp + group.layout[0]])
+
+    def wake(self, group: Group, freed: Array) -> None:
+        """Let the lanes of freed warps go on."""
+        lanes = np.repeat(freed.reshape(-1), LANES)
+        blocked, group.blocked = group.blocked, []
+        for waiting in blocked:
+            free, rest = waiting.mask & lanes, waiting.mask & ~lanes
+            if free.any():
+                group.go(waiting.pc, None if free.all() else free)
+            if rest.any():
+                group.blocked.append(Waiting(waiting.pc, rest, waiting.barrier, waiting.count, waiting.ins))
+
+    def stuck(self, what: str) -> Fault:
+        """A fault of threads that wait, with a place where some do."""
+        for group in self.groups:
+            for waiting in group.blocked:
+                return waiting.ins.fault(f"{group.describe(int(waiting.mask.argmax()))}: {what}")
+        return Fault(what)
+
+
+def chunks(grid: Sequence[int], warps: int, cta_bytes: int, limit_lanes: int, limit_bytes: int) -> list[Array]:
+    """Numbers of the CTAs of each chunk, so that neither lanes nor shared memory exceed their limits."""
+    total = int(np.prod(grid))
+    size = max(1, min(limit_lanes // (warps * LANES), limit_bytes // max(1, cta_bytes)))
+    return [np.arange(start, min(total, start + size)) for start in range(0, total, size)]
