@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +25,8 @@ TARGET = "sm_80"
 PLAIN = {"ptx_version": "7.4", "driver": 11040, "capability": [[8, 0], [9, 99]]}
 ORDERED = {"ptx_version": "8.5", "driver": 12050, "capability": [[10, 0], [99, 99]]}
 ANY = {**PLAIN, "capability": [[8, 0], [99, 99]]}
-ARCHITECTURES = {"plain": ("sm_80", "sm_86", "sm_89", "sm_90"), "ordered": ("sm_100", "sm_120")}
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
+UNKNOWN_TO_11 = ("sm_100", "sm_103", "sm_120")  # to CUDA 11's assembler
 
 DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
@@ -148,20 +150,49 @@ def describe_entries() -> dict[str, dict[str, Any]]:
     return entries
 
 
-def build(folder: Path) -> None:
-    """Writes every text and ``manifest.json`` into ``folder``.
+def build(folder: Path, assemblers: Sequence[str] = ("ptxas",)) -> None:
+    """Writes every text and ``manifest.json`` into ``folder``; resources are the most that any assembler uses.
 
     Raises:
-        RuntimeError: if a compiler fails, or ptxas would spill registers.
+        RuntimeError: if a compiler fails, or an assembler refuses a text or spills registers.
     """
+    texts = compile_texts(folder)
     entries = describe_entries()
-    texts: dict[str, list[dict[str, Any]]] = {}
     resources: dict[str, dict[str, dict[str, int]]] = {name: {} for name in entries}
+    for text in (text for kernel in texts.values() for text in kernel):
+        lowest, highest = text["capability"]
+        for architecture in ARCHITECTURES:
+            if not lowest <= list(divmod(int(architecture[3:]), 10)) <= highest:
+                continue
+            for assembler in assemblers:
+                if "V11." in _run(assembler, "--version") and architecture in UNKNOWN_TO_11:
+                    continue
+                for name, used in assemble(folder / text["file"], architecture, assembler).items():
+                    most = resources[name].setdefault(architecture, used)
+                    most["registers"] = max(most["registers"], used["registers"])
+    manifest = {
+        "format": 1,
+        "compiler": _run("nvcc", "--version").strip().splitlines()[-1],
+        "flags": list(FLAGS),
+        "packing": PACKING,
+        "texts": texts,
+        "entries": {name: {**entry, "resources": resources[name]} for name, entry in entries.items()},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def compile_texts(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Writes every text into ``folder``; what the manifest says of each, by kernel.
+
+    Raises:
+        RuntimeError: if the compiler fails.
+    """
+    texts: dict[str, list[dict[str, Any]]] = {}
     with TemporaryDirectory() as scratch:
-        for kernel in sorted({entry["kernel"] for entry in entries.values()}):
-            source = SOURCES / f"{kernel}.cu"
+        for kernel in sorted({entry["kernel"] for entry in describe_entries().values()}):
+            source = f"csrc/{kernel}.cu"
             compiled = Path(scratch) / f"{kernel}.ptx"
-            _run("nvcc", *FLAGS, "-o", str(compiled), str(source))
+            _run("nvcc", *FLAGS, "-o", str(compiled), str(SOURCES.parent / source))
             plain = compiled.read_text()
             sparse = "mma.sp" in plain
             variants = {f"{kernel}.ptx": PLAIN if sparse else ANY}
@@ -172,23 +203,16 @@ def build(folder: Path) -> None:
                 if variant is ORDERED:
                     text = text.replace("mma.sp.sync", "mma.sp::ordered_metadata.sync")
                 (folder / name).write_text(text)
-                source_bytes = source.read_bytes() + (SOURCES / "hinm.cuh").read_bytes()
                 described = {"file": name, "target": TARGET, **variant, "sha256": _sha256(text.encode())}
-                described |= {"source": f"csrc/{kernel}.cu", "source_sha256": _sha256(source_bytes)}
-                texts.setdefault(kernel, []).append(described)
-                served = ARCHITECTURES["ordered"] if variant is ORDERED else ARCHITECTURES["plain"]
-                for architecture in served if sparse else (*served, *ARCHITECTURES["ordered"]):
-                    for entry, used in assemble(folder / name, architecture).items():
-                        resources[entry][architecture] = used
-    manifest = {
-        "format": 1,
-        "compiler": _run("nvcc", "--version").strip().splitlines()[-1],
-        "flags": list(FLAGS),
-        "packing": PACKING,
-        "texts": texts,
-        "entries": {name: {**entry, "resources": resources[name]} for name, entry in entries.items()},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+                texts.setdefault(kernel, []).append(
+                    {**described, "source": source, "source_sha256": source_sha256(source)}
+                )
+    return texts
+
+
+def source_sha256(source: str) -> str:
+    """Of a kernel's source and what it includes."""
+    return _sha256((SOURCES.parent / source).read_bytes() + (SOURCES / "hinm.cuh").read_bytes())
 
 
 def assemble(text: Path, architecture: str, ptxas: str = "ptxas") -> dict[str, dict[str, int]]:
@@ -224,7 +248,9 @@ def _sha256(data: bytes) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=PTX, help="folder of the texts and the manifest")
-    folder: Path = parser.parse_args().out
+    parser.add_argument("--ptxas", nargs="+", default=["ptxas"], help="assemblers: the manifest lists the most of all")
+    arguments = parser.parse_args()
+    folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
-    build(folder)
+    build(folder, arguments.ptxas)
     sys.stdout.write(f"{len(list(folder.glob('*.ptx')))} texts in {folder}\n")

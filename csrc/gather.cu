@@ -27,6 +27,7 @@ struct Shape {
     static constexpr int METADATA = VECTOR_SIZE / 32 * DEPTH / 32 * LANES * 4;
     static constexpr int INPUT = DEPTH * TOKENS * 2;
     static constexpr int STAGE = INPUT + VALUES + METADATA;
+    static_assert(VALUES % (THREADS * 16) == 0 && METADATA <= THREADS * 16, "copied by all threads, and by some");
     static_assert(VECTOR_SIZE * OUT_PITCH * 4 <= STAGES * STAGE, "the output tile takes the place of the stages");
 };
 
@@ -74,10 +75,13 @@ __device__ __forceinline__ void gather(
         }
         const int64_t at = int64_t(tile) * (kept / DEPTH) + step;
         const uint8_t* v = reinterpret_cast<const uint8_t*>(values) + at * S::VALUES;
-        for (int i = threadIdx.x * 16; i < S::VALUES; i += THREADS * 16)
+#pragma unroll
+        for (int part = 0; part < S::VALUES / (THREADS * 16); ++part) {
+            const int i = (threadIdx.x + part * THREADS) * 16;
             copy_async(shared_address(to + S::INPUT + i), v + i, 16);
+        }
         const uint8_t* e = reinterpret_cast<const uint8_t*>(metadata) + at * S::METADATA;
-        for (int i = threadIdx.x * 16; i < S::METADATA; i += THREADS * 16)
+        if (const int i = threadIdx.x * 16; i < S::METADATA)
             copy_async(shared_address(to + S::INPUT + S::VALUES + i), e + i, 16);
     };
 
@@ -125,7 +129,7 @@ __device__ __forceinline__ void gather(
     }
     __syncthreads();
 
-    // Through shared memory, so that rows are written 16 bytes a lane, and the activation stands here once.
+    // Through shared memory, so that a warp writes 128 contiguous bytes, and the activation stands here once.
     float* tile_out = reinterpret_cast<float*>(stages);  // [VECTOR_SIZE, OUT_PITCH]
 #pragma unroll
     for (int i = 0; i < BLOCKS; ++i)
@@ -133,33 +137,28 @@ __device__ __forceinline__ void gather(
         for (int n = 0; n < N_BLOCKS; ++n)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                *reinterpret_cast<float2*>(tile_out + (warp_row + 16 * i + 8 * half + g) * OUT_PITCH + warp_token + 8 * n + 2 * t) =
+                *reinterpret_cast<float2*>(
+                    tile_out + (warp_row + 16 * i + 8 * half + g) * OUT_PITCH + warp_token + 8 * n + 2 * t) =
                     make_float2(sums[i][n][2 * half], sums[i][n][2 * half + 1]);
     __syncthreads();
-    const bool whole = width == pitch && out_stride % 8 == 0;
-    constexpr int CHUNKS = TOKENS / 8;
-    for (int i = threadIdx.x; i < VECTOR_SIZE * CHUNKS; i += THREADS) {
-        const int row = rows[tile * VECTOR_SIZE + i / CHUNKS], token = first_token + i % CHUNKS * 8;
-        if (row < 0 || token >= tokens) continue;
-        const float* from = tile_out + i / CHUNKS * OUT_PITCH + i % CHUNKS * 8;
-        const float shift = bias ? Type::widen(bias[row]) : 0.0f;
-        uint16_t* line = out + int64_t(row) * out_stride;
-        uint32_t pairs[4] = {};
+    const bool pairs = width == pitch && out_stride % 2 == 0 && out_batch % 2 == 0;
+    const int token = first_token + threadIdx.x % (TOKENS / 2) * 2;
 #pragma unroll 1
-        for (int j = 0; j < 4; ++j) {
-            const uint32_t pair = Type::narrow(activate(from[2 * j] + shift, activation), activate(from[2 * j + 1] + shift, activation));
-            pairs[0] = pairs[1], pairs[1] = pairs[2], pairs[2] = pairs[3], pairs[3] = pair;  // stays in registers
-        }
-        if (whole && token + 8 <= tokens) {
-            *reinterpret_cast<uint4*>(line + token) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    for (int line = threadIdx.x / (TOKENS / 2); line < VECTOR_SIZE; line += THREADS / (TOKENS / 2)) {
+        const int row = rows[tile * VECTOR_SIZE + line];
+        if (row < 0 || token >= tokens) continue;
+        const float2 sum = *reinterpret_cast<const float2*>(tile_out + line * OUT_PITCH + token - first_token);
+        const float shift = bias ? Type::widen(bias[row]) : 0.0f;
+        const uint32_t pair = Type::narrow(activate(sum.x + shift, activation), activate(sum.y + shift, activation));
+        uint16_t* to = out + int64_t(row) * out_stride;
+        if (pairs && token + 1 < tokens) {
+            *reinterpret_cast<uint32_t*>(to + token) = pair;
             continue;
         }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            // Pixels beyond the width of the image are there for alignment alone.
-            const int y = (token + j) / pitch, at = (token + j) % pitch;
-            if (token + j < tokens && at < width) line[y * width + at] = uint16_t(pairs[j / 2] >> 16 * (j % 2));
-        }
+        // Pixels beyond the width of the image are there for alignment alone.
+        if (token % pitch < width) to[token / pitch * width + token % pitch] = uint16_t(pair);
+        if (token + 1 < tokens && (token + 1) % pitch < width)
+            to[(token + 1) / pitch * width + (token + 1) % pitch] = uint16_t(pair >> 16);
     }
 }
 

@@ -49,7 +49,8 @@ __device__ __forceinline__ void windowed(
         const int end = min(min((c / chunks_of_run + 1) * window, columns), first + CHUNK);
         uint8_t* to = memory + c % 2 * S::BUFFER;
 #pragma unroll 4
-        for (int i = threadIdx.x; i < TOKENS * CHUNK / 8; i += THREADS) {
+        for (int j = 0; j < TOKENS * CHUNK / 8 / THREADS; ++j) {
+            const int i = threadIdx.x + j * THREADS;
             const int token = i / (CHUNK / 8), chunk = i % (CHUNK / 8), column = first + chunk * 8;
             const bool exists = first_token + token < tokens && column < end;
             const uint16_t* from = x + (exists ? int64_t(first_token + token) * x_stride + column : 0);
@@ -62,7 +63,8 @@ __device__ __forceinline__ void windowed(
         const uint32_t from = shared_address(memory + c % 2 * S::BUFFER);
         const int first = c % chunks_of_run * CHUNK, end = min(window, first + CHUNK);
 #pragma unroll 2
-        for (int i = warp; i < TOKENS / 32 * (CHUNK / 8); i += WARPS) {
+        for (int block = 0; block < TOKENS / 32 * (CHUNK / 8) / WARPS; ++block) {
+            const int i = warp + block * WARPS;
             const int tokens32 = i / (CHUNK / 8) * 32, chunk = i % (CHUNK / 8), column = first + chunk * 8 + g;
             uint32_t pairs[4];  // of column g: tokens 8 j + 2 t and the next
             const int token = tokens32 + lane;
@@ -135,8 +137,15 @@ __device__ __forceinline__ void windowed(
         }
     }
 
-    // Through shared memory, so that rows are written 16 bytes a lane, and the activation stands here once.
+    // Through shared memory, so that a warp writes contiguous bytes, and the activation stands here once.
     float* block = reinterpret_cast<float*>(memory);  // [OUT_TOKENS, OUT_PITCH]
+    const int column = threadIdx.x % (ROWS / 2) * 2;
+    const bool exists = first_row + column < packed_rows;
+    const int2 to = exists ? *reinterpret_cast<const int2*>(rows + first_row + column) : make_int2(-1, -1);
+    const float shift_x = bias && to.x >= 0 ? Type::widen(bias[to.x]) : 0.0f;
+    const float shift_y = bias && to.y >= 0 ? Type::widen(bias[to.y]) : 0.0f;
+    // In tile order every pair of rows is one of outputs; of restored rows only a few are.
+    const bool pair_of_outputs = to.x >= 0 && to.x % 2 == 0 && to.y == to.x + 1 && out_stride % 2 == 0;
 #pragma unroll 1
     for (int pass = 0; pass < TOKENS / OUT_TOKENS; ++pass) {
         __syncthreads();
@@ -151,32 +160,19 @@ __device__ __forceinline__ void windowed(
                     block[(token + 2 * t + (j & 1)) * OUT_PITCH + warp_row + 16 * i + g + 8 * (j >> 1)] = sums[i][n][j];
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < OUT_TOKENS * (ROWS / 8); i += THREADS) {
-            const int token = first_token + pass * OUT_TOKENS + i / (ROWS / 8), row = first_row + i % (ROWS / 8) * 8;
-            if (token >= tokens || row >= packed_rows) continue;
-            const float* from = block + i / (ROWS / 8) * OUT_PITCH + i % (ROWS / 8) * 8;
-            uint16_t* line = out + int64_t(token) * out_stride;
-            const int first = rows[row];
-            bool together = first % 8 == 0 && out_stride % 8 == 0;
-            uint32_t pairs[4] = {};
 #pragma unroll 1
-            for (int j = 0; j < 4; ++j) {
-                const int2 to = *reinterpret_cast<const int2*>(rows + row + 2 * j);
-                together = together && to.x == first + 2 * j && to.y == first + 2 * j + 1;
-                const float low = from[2 * j] + (bias && to.x >= 0 ? Type::widen(bias[to.x]) : 0.0f);
-                const float high = from[2 * j + 1] + (bias && to.y >= 0 ? Type::widen(bias[to.y]) : 0.0f);
-                const uint32_t pair = Type::narrow(activate(low, activation), activate(high, activation));
-                pairs[0] = pairs[1], pairs[1] = pairs[2], pairs[2] = pairs[3], pairs[3] = pair;  // stays in registers
-            }
-            if (together) {
-                *reinterpret_cast<uint4*>(line + first) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        for (int line = threadIdx.x / (ROWS / 2); line < OUT_TOKENS; line += THREADS / (ROWS / 2)) {
+            const int token = first_token + pass * OUT_TOKENS + line;
+            if (token >= tokens) break;
+            const float2 sum = *reinterpret_cast<const float2*>(block + line * OUT_PITCH + column);
+            const uint32_t pair = Type::narrow(activate(sum.x + shift_x, activation), activate(sum.y + shift_y, activation));
+            uint16_t* outputs = out + int64_t(token) * out_stride;
+            if (pair_of_outputs) {
+                *reinterpret_cast<uint32_t*>(outputs + to.x) = pair;
                 continue;
             }
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const int to = rows[row + j];
-                if (to >= 0) line[to] = uint16_t(pairs[j / 2] >> 16 * (j % 2));
-            }
+            if (to.x >= 0) outputs[to.x] = uint16_t(pair);
+            if (to.y >= 0) outputs[to.y] = uint16_t(pair >> 16);
         }
     }
 }

@@ -99,7 +99,8 @@ def entries() -> Mapping[str, Entry]:
 def refusal(device: torch.device) -> str | None:
     """None if the kernels run on that device, else why not and what to do, in one sentence without its full stop.
 
-    Found once per process and device. Raises nothing and never hangs. Asked about a CUDA device, it initialises the driver, but no context.
+    Found once per process and device. It raises nothing and never hangs; asked about a CUDA device, it initialises the
+    driver, but makes no context.
     """
     return _reason(os.getpid(), _indexed(device))
 
@@ -198,7 +199,7 @@ class _Call:
         """Write the arguments into their slots; the index of the device they are on."""
         if len(arguments) != self.count:
             raise self._error(f"got {len(arguments)} arguments, but takes {self.count}: {', '.join(self.names)}.")
-        values, index, i = list(arguments), -1, 0
+        values, index, i = list(arguments), None, 0
         try:
             for i, low_bits in self.pointers:
                 tensor = values[i]
@@ -207,8 +208,8 @@ class _Call:
                     continue
                 device, values[i] = tensor.get_device(), (address := tensor.data_ptr())
                 if device != index:
-                    if index >= 0 or device < 0:
-                        where = "a CUDA device" if index < 0 else f"cuda:{index}, where the tensors before it are"
+                    if index is not None or device < 0:
+                        where = "a CUDA device" if index is None else f"cuda:{index}, where the tensors before it are"
                         raise self._error(f"{self.names[i]} is on {tensor.device}, but must be on {where}.")
                     index = device
                 if address & low_bits:
@@ -220,7 +221,7 @@ class _Call:
         except (OverflowError, struct.error) as error:
             types = ", ".join(f"{p.name} {p.type}" for p in self.entry.parameters if p.type != "pointer")
             raise self._error(f"got {self.numbers(arguments)}, but takes {types}: {error}.") from None
-        if index < 0:
+        if index is None:
             raise self._error("got no tensor, but is launched where its tensors are. Pass one.")
         return index
 
@@ -478,4 +479,4 @@ def _current_stream(index: int) -> int:
 
 
 def _is_capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

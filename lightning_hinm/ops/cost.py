@@ -99,8 +99,12 @@ def choose_kernel(call: Call, shared_limit: int, gpu: Gpu) -> Choice | None:
         shared_limit: bytes of shared memory that a block can have.
         gpu: what bounds it.
     """
-    fitting = [choice for choice in _choices(call, gpu) if choice.shared <= shared_limit]
-    return min(fitting, key=lambda choice: choice.seconds, default=None)
+    return min(list_kernels(call, shared_limit, gpu), key=lambda choice: choice.seconds, default=None)
+
+
+def list_kernels(call: Call, shared_limit: int, gpu: Gpu) -> list[Choice]:
+    """Every kernel that takes the call."""
+    return [choice for choice in _choices(call, gpu) if choice.shared <= shared_limit]
 
 
 def predict_dense(call: Call, gpu: Gpu) -> tuple[float, str]:

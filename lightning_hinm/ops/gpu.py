@@ -41,8 +41,13 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
     if choice is None:
         warn_once(f"hinm::linear: no kernel has the shared memory for {call}. It gathers for a dense product.")
         return product.linear(x, operands)
-    {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel](tokens, out, operands, choice)
+    run_linear(tokens, out, operands, choice)
     return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
+    """One call on the kernel that was chosen: ``[N, I]`` -> ``out``, ``[N, O]``, contiguous."""
+    {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel](tokens, out, operands, choice)
 
 
 def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:

@@ -30,7 +30,7 @@ def count_shared(group: "Group", kind: str, address: Array, width: int) -> None:
     """Count the wavefronts of a request; CTAs whose requests are alike are looked at once."""
     rows = group.spread(address).view(np.int64)
     active = group.mask
-    warps, ctas, _ = group.layout
+    ctas = group.layout[1]
     times = 1
     cube = rows.reshape(group.layout)
     lanes = None if active is None else active.reshape(group.layout)
@@ -46,7 +46,7 @@ def count_shared(group: "Group", kind: str, address: Array, width: int) -> None:
 def count_global(group: "Group", direction: str, address: Array, width: int) -> None:
     """Count the sectors of a request."""
     active = None if group.mask is None else group.mask.reshape(-1, LANES)
-    rows = group.spread(address).view(np.int64).reshape(-1, LANES)
+    rows = group.spread(group.memory.aligned(address)).view(np.int64).reshape(-1, LANES)
     touched, ideal = global_sectors(rows, active, width)
     group.report.global_sectors[direction] += touched
     group.report.global_sectors_ideal[direction] += ideal

@@ -331,10 +331,13 @@ def compare_step(b: Builder, compare: Callable[["Group"], Array]) -> Step:
 
     def step(group: "Group") -> None:
         found = compare(group)
-        other = None if third is None else third(group)
-        first(group, found if boolean is None else boolean(found, other))
+        inverse = ~found
+        if boolean is not None and third is not None:
+            other = third(group)
+            found, inverse = boolean(found, other), boolean(inverse, other)
+        first(group, found)
         if second is not None:
-            second(group, ~found if boolean is None else boolean(~found, other))
+            second(group, inverse)
 
     return step
 

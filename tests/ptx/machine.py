@@ -4,7 +4,7 @@ Layout: a group of lanes is ``[warps, CTAs, 32]`` flattened, so that one warp of
 group of all warps; the schedule "warps" has a group for each, and runs them one after another between barriers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,26 @@ LANES = 32
 
 @dataclass
 class Block:
-    """Instructions without a branch between, then one that chooses where to go on (-1: the group chooses)."""
+    """Instructions without a branch between, then ``end``, which chooses where to go on (-1: the group chooses)."""
 
     steps: list[Step]
-    end: Any
-    length: int
+    end: Callable[["Group"], int]
+    code: list[Instruction]
+
+    def __post_init__(self) -> None:
+        self.length = len(self.code)
+
+    def run(self, group: "Group") -> int:
+        """Run the block; whatever goes wrong in the interpreter itself names the instruction."""
+        at = -1
+        try:
+            for at, step in enumerate(self.steps):  # noqa: B007
+                step(group)
+            at += 1
+            return self.end(group)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            ins = self.code[min(at, self.length - 1)]
+            raise RuntimeError(f"the interpreter failed at PTX line {ins.line}: {ins.text}") from error
 
 
 @dataclass
@@ -226,9 +241,8 @@ class Group:
 
     def go(self, pc: int, mask: Array | None) -> None:
         """Let lanes go on at ``pc``, together with those already there."""
-        if pc in self.pending and self.pending[pc] is not None and mask is not None:
-            mask = self.pending[pc] | mask  # type: ignore[operator]
-        self.pending[pc] = mask
+        there = self.pending.get(pc)
+        self.pending[pc] = mask if there is None or mask is None else there | mask
 
     def exit(self, mask: Array | None) -> None:
         """End lanes."""
@@ -241,17 +255,36 @@ class Group:
 
     def arrive(self, ins: Instruction, barrier: int, count: int, pc: int) -> int:
         """Come to a barrier; goes on at once if that completes it for every CTA."""
+        self.wait_at(ins, barrier, count, pc)
+        whole = self.active == self.alive and self.layout[0] == self.launch.warps
+        if whole and count == 0 and len(self.blocked) == 1 and not self.pending:
+            self.blocked.clear()
+            self.machine.complete_all(self)
+            return pc
+        return -1
+
+    def wait_at(self, ins: Instruction, barrier: int, count: int, pc: int) -> None:
+        """Note that the active lanes wait at a barrier."""
+        if barrier > 15 or count % LANES:
+            raise ins.fault(f"barrier {barrier} with {count} threads: there are 16, and a count is a multiple of 32")
         mask = self.current()
         rows, live = mask.reshape(-1, LANES), self.live.reshape(-1, LANES)
         torn = rows.any(axis=1) & (rows != live).any(axis=1)
         if torn.any():
             lane = int(torn.argmax()) * LANES
             raise ins.fault(f"{self.describe(lane)}: divergent barrier, only some of the warp's threads arrive")
-        whole = self.active == self.alive and self.layout[0] == self.launch.warps
-        if whole and count == 0 and not self.blocked and not self.pending:
-            self.machine.complete_all(self)
-            return pc
         self.blocked.append(Waiting(pc, mask, barrier, count, ins))
+
+    def arrive_each(self, ins: Instruction, barrier: Array, count: Array, pc: int) -> int:
+        """Come to barriers whose numbers or counts are in registers; each warp names one."""
+        mask = self.current()
+        names = np.broadcast_to(barrier.astype(np.int64) << 32 | count, self.lanes)
+        chosen = np.unique(names[mask])
+        if len(chosen) == 1:
+            return self.arrive(ins, int(chosen[0]) >> 32, int(chosen[0]) & 0xFFFFFFFF, pc)
+        for name in chosen.tolist():
+            self.enter(mask & (names == name))
+            self.wait_at(ins, name >> 32, name & 0xFFFFFFFF, pc)
         return -1
 
     def run(self, blocks: dict[int, Block]) -> None:
@@ -263,9 +296,7 @@ class Group:
             while pc >= 0:
                 block = blocks[pc]
                 machine.count(block, self)
-                for step in block.steps:
-                    step(self)
-                pc = block.end(self)
+                pc = block.run(self)
                 if pending and pc >= min(pending):
                     self.go(pc, self.mask)
                     break
@@ -291,7 +322,8 @@ class Machine:
         self.steps += block.length
         self.launch.report.instructions += block.length * group.active_warps
         if self.steps > self.launch.budget:
-            raise Fault(f"more than max_instructions={self.launch.budget} instructions: the kernel does not end")
+            what = f"more than max_instructions={self.launch.budget} instructions: the kernel does not end"
+            raise block.code[0].fault(what) if block.code else Fault(what)
 
     def run(self, blocks: dict[int, Block]) -> None:
         """Run all groups from barrier to barrier."""
@@ -301,8 +333,9 @@ class Machine:
                 for number in order:
                     self.groups[int(number)].run(blocks)
                 if not any(group.blocked for group in self.groups):
-                    return
+                    break
                 self.release()
+        self.groups.clear()  # they know this machine: without the circle their arrays are freed at once
 
     def complete_all(self, group: Group) -> None:
         """A barrier that all threads of all CTAs of a lone group have reached."""
@@ -365,10 +398,3 @@ class Machine:
             for waiting in group.blocked:
                 return waiting.ins.fault(f"{group.describe(int(waiting.mask.argmax()))}: {what}")
         return Fault(what)
-
-
-def chunks(grid: Sequence[int], warps: int, cta_bytes: int, limit_lanes: int, limit_bytes: int) -> list[Array]:
-    """Numbers of the CTAs of each chunk, so that neither lanes nor shared memory exceed their limits."""
-    total = int(np.prod(grid))
-    size = max(1, min(limit_lanes // (warps * LANES), limit_bytes // max(1, cta_bytes)))
-    return [np.arange(start, min(total, start + size)) for start in range(0, total, size)]

@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from .machine import Group
 
 
+ALLOCATION = 512  # alignment of what a GPU's allocator gives
+
+
 @dataclass
 class Buffer:
-    """An extent that accesses may lie in; ``owner`` is an object that must outlive it."""
+    """An extent that accesses may lie in; ``owner`` must outlive it, and ``storage`` is where its allocation begins."""
 
     name: str
     base: int
     end: int
     owner: Any
+    storage: int
     writable: bool = True
 
 
@@ -39,13 +43,17 @@ def buffer_of(argument: Any, name: str) -> Buffer:
     """
     if isinstance(argument, np.ndarray):
         low, high = np.lib.array_utils.byte_bounds(argument)
-        return Buffer(name, low, high, argument, argument.flags.writeable)
+        whole = argument
+        while isinstance(whole.base, np.ndarray):
+            whole = whole.base
+        return Buffer(name, low, high, argument, pointer_of(whole), argument.flags.writeable)
     if hasattr(argument, "data_ptr") and hasattr(argument, "element_size"):
         if argument.device.type != "cpu":
             raise TypeError(f"argument {name}: a tensor on {argument.device}. The interpreter takes CPU tensors.")
         low, size = argument.data_ptr(), argument.element_size()
         span = sum((extent - 1) * stride for extent, stride in zip(argument.shape, argument.stride(), strict=True))
-        return Buffer(name, low, low + (size * (span + 1) if argument.numel() else 0), argument)
+        high = low + (size * (span + 1) if argument.numel() else 0)
+        return Buffer(name, low, high, argument, argument.untyped_storage().data_ptr())
     raise TypeError(f"argument {name}: {type(argument).__name__}. Pass an array, a CPU tensor, a number or None.")
 
 
@@ -59,8 +67,9 @@ def pointer_of(argument: Any) -> int:
 class Region:
     """Buffers that overlap, merged, with the warp that last stored each byte (0 for none)."""
 
-    def __init__(self, base: int, end: int) -> None:
+    def __init__(self, base: int, end: int, storage: int) -> None:
         self.base, self.end = base, end
+        self.phase = storage % ALLOCATION
         self.stored: Array | None = None
 
 
@@ -74,13 +83,22 @@ class GlobalMemory:
             if self.regions and buffer.base < self.regions[-1].end:
                 self.regions[-1].end = max(self.regions[-1].end, buffer.end)
             else:
-                self.regions.append(Region(buffer.base, buffer.end))
+                self.regions.append(Region(buffer.base, buffer.end, buffer.storage))
         # From a multiple of 16 on, so that an aligned address is an aligned element of every view.
         self.origin = self.buffers[0].base & ~15 if self.buffers else 0
         size = -(-(self.regions[-1].end - self.origin) // 16) * 16 if self.regions else 0
         window: Array = np.asarray(_Window(self.origin, size)) if size else np.zeros(0, dtype=U8)
         self.views = {width: window.view(dtype) for width, dtype in RAW.items()}
         self.recent: dict[int, Buffer] = {}
+        self.bases = np.array([region.base for region in self.regions], dtype=U64)
+        self.phases = np.array([region.phase for region in self.regions], dtype=U64)
+
+    def aligned(self, address: Array) -> Array:
+        """Addresses as a GPU would have them, where allocations begin at multiples of 512: for counting sectors."""
+        if len(self.regions) < 2:
+            return address - self.phases[:1] if self.regions else address
+        region = np.searchsorted(self.bases, address, side="right") - 1
+        return address - self.phases[region]
 
     def index(
         self, group: "Group", ins: Instruction, address: Array, width: int, lanes: Array, write: bool = False
@@ -116,7 +134,8 @@ class GlobalMemory:
         inside = np.zeros(len(address), dtype=bool)
         for buffer in self.buffers:
             if buffer.writable or not write:
-                inside |= (address >= U64(buffer.base)) & (address + U64(width) <= U64(buffer.end))
+                # the sum of an address and a width may wrap around
+                inside |= (address >= U64(buffer.base)) & (address <= U64(max(0, buffer.end - width)))
         if not inside.all():
             at = int((~inside).argmax())
             raise self.fault(group, ins, lanes[at], self.outside(int(address[at]), width, write))
@@ -145,7 +164,7 @@ class GlobalMemory:
     ) -> Array:
         """Raw elements at ``address``; ``constant`` is the read-only path, which must not meet this launch's stores."""
         index = self.index(group, ins, address, width, lanes)
-        if constant:
+        if constant and any(region.stored is not None for region in self.regions):
             for region, inside, where in self.stored(address, width):
                 if region.stored is not None and region.stored[where].any():
                     at = int(inside[int(region.stored[where].any(axis=1).argmax())])

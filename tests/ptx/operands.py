@@ -222,15 +222,3 @@ def _is_type(part: str) -> bool:
 def _cast(value: Array, dtype: Any) -> Array:
     """Special registers are 32 or 64 bits; a wider or narrower type takes their low bits."""
     return value.view(dtype) if value.dtype.itemsize == dtype.itemsize else value.astype(dtype)
-
-
-def uniform(group: "Group", ins: Instruction, value: Any, what: str) -> int:
-    """The one value that all active lanes hold.
-
-    Raises:
-        Fault: if they differ.
-    """
-    values = np.unique(np.broadcast_to(value, group.lanes)[group.index])
-    if len(values) != 1:
-        raise ins.fault(f"{what} differs between threads: {values[:4].tolist()}")
-    return int(values[0])

@@ -15,6 +15,7 @@ _SPACE = re.compile(r"\s*")
 _ENTRY = re.compile(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
 _LINE_DIRECTIVE = re.compile(r"\.(version|target|address_size|file|loc)\b([^\n]*)")
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
+_DECLARED = re.compile(r"\.reg\s*\.(pred|[bufs](?:8|16|32|64)|f16x2)\s+(.*)", re.DOTALL)
 _REGISTERS = re.compile(r"([\w$%]+)(?:<(\d+)>)?$")
 _VARIABLE = re.compile(
     r"(?P<link>(?:\.(?:visible|extern|weak|common)\s+)*)\.(?P<space>shared|global|const|local)\s+"
@@ -304,9 +305,11 @@ class Parser:
         if directive := _LINE_DIRECTIVE.match(self.text, self.at):
             self.at = directive.end()
         elif self.text.startswith(".reg", self.at):
-            _, kind, names = self.statement().split(None, 2)
-            bits = 1 if kind == ".pred" else 8 * type_size(kind[1:])
-            for name in names.split(","):
+            declared = _DECLARED.match(self.statement())
+            if declared is None:
+                raise self.error("registers of a kind that is not understood, before")
+            bits = 1 if declared[1] == "pred" else 8 * type_size(declared[1])
+            for name in declared[2].split(","):
                 found = _REGISTERS.match(name.strip())
                 if found is None:
                     raise self.error(f"a register that is not understood: {name}")

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from . import access, floating, integer, matrix, warp
-from .machine import Block, Group, Launch, Machine, chunks
+from .machine import LANES, Block, Group, Launch, Machine
 from .memory import Buffer, GlobalMemory, buffer_of, pointer_of
-from .operands import Builder, Step, uniform
+from .operands import Builder, Step
 from .parse import Entry, Instruction, Module, Variable, parse, type_size
 from .report import Fault, Report
 from .values import STORAGE, U8, U32, Array, constant, type_dtype
@@ -16,7 +16,8 @@ from .values import STORAGE, U8, U32, Array, constant, type_dtype
 FAMILIES = (access, floating, integer, matrix, warp)  # imported for the instructions that they register
 ENDS = ("bra", "brx", "ret", "exit", "trap", "bar", "barrier", "call")
 MAX_SHARED = 232448  # 227 KB, the most that any GPU of today lets a CTA have
-MAX_LANES = 1 << 15  # a chunk whose registers' arrays stay in the cache
+MAX_LANES = 1 << 14  # more make a step no cheaper for a lane
+MAX_REGISTERS = 1 << 25  # words of all lanes of a chunk, 128 MB
 MAX_SHARED_TOTAL = 1 << 27
 
 End = Callable[[Group], int]
@@ -34,17 +35,13 @@ class Compiled:
         self.entry = entry
         self.addresses = addresses
         code = entry.instructions
-        if not code or not is_end(code[-1]) or code[-1].guard is not None:
-            self.tail = len(code)
-        else:
-            self.tail = -1
         leaders = {0, *entry.labels.values()} | {ins.pc + 1 for ins in code if is_end(ins)}
         self.blocks: dict[int, Block] = {}
         starts = sorted(leader for leader in leaders if leader < len(code))
         for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
             self.blocks[start] = self.block(code[start:stop], stop)
         # after the last instruction there is nothing: the threads end, as at a ret
-        self.blocks[len(code)] = Block([], lambda group: leave(group, None), 0)
+        self.blocks[len(code)] = Block([], lambda group: leave(group, None), [])
         self.precise = any(ins.parts[0] in ("bar", "barrier") and ins.operands != ["0"] for ins in code if is_end(ins))
 
     def builder(self, ins: Instruction) -> Builder:
@@ -55,8 +52,8 @@ class Compiled:
         """A block of instructions without a branch between."""
         *body, last = code
         if not is_end(last):
-            return Block([self.step(ins) for ins in code], lambda group: after, len(code))
-        return Block([self.step(ins) for ins in body], self.end(last, after), len(code))
+            return Block([self.step(ins) for ins in code], lambda group: after, code)
+        return Block([self.step(ins) for ins in body], self.end(last, after), code)
 
     def step(self, ins: Instruction) -> Step:
         """The closure of an instruction, guard included."""
@@ -161,14 +158,16 @@ class Compiled:
         """``bar.sync`` and ``barrier.sync``: by number, and count of threads."""
         if "sync" not in ins.parts or ins.guard is not None or "red" in ins.parts:
             raise ins.unsupported("is a barrier that this interpreter does not know")
-        reads = [self.builder(ins).read(at, U32) for at in range(len(ins.operands))]
+        reads: list[Any] = [self.builder(ins).read(at, U32) for at in range(len(ins.operands))]
+
+        def nought(group: Group) -> Any:
+            return U32(0)
 
         def end(group: Group) -> int:
-            number = uniform(group, ins, reads[0](group), "the number of a barrier") if reads else 0
-            count = uniform(group, ins, reads[1](group), "the thread count of a barrier") if len(reads) > 1 else 0
-            if number > 15 or count % 32:
-                raise ins.fault(f"barrier {number} with {count} threads: there are 16, and a count is a multiple of 32")
-            return group.arrive(ins, number, count, after)
+            number, count = (np.asarray(read(group)) for read in [*reads, nought, nought][:2])
+            if number.shape == () and count.shape == ():
+                return group.arrive(ins, int(number), int(count), after)
+            return group.arrive_each(ins, number, count, after)
 
         return end
 
@@ -253,23 +252,20 @@ class Program:
         """
         kernel = self.entries[entry]
         blocks = self.compiled(entry)
-        extents = [tuple(int(extent) for extent in [*dims, 1, 1][:3]) for dims in (grid, block)]
-        grid_dims, block_dims = (extents[0][0], extents[0][1], extents[0][2]), (extents[1][0], extents[1][1], extents[1][2])
+        grid_dims, block_dims = three(grid), three(block)
         check_launch(kernel, grid_dims, block_dims, shared)
         if schedule not in ("lockstep", "warps"):
             raise ValueError(f"schedule={schedule!r}: one of 'lockstep' and 'warps'.")
         parameters, buffers = bind(kernel, arguments)
-        starts = kernel.shared_bytes
-        dynamic = [found for found in _dynamic(kernel)]
-        if dynamic:
-            starts = -(-starts // max(found.align for found in dynamic)) * max(found.align for found in dynamic)
+        align = max((found.align for found in dynamic_variables(kernel)), default=1)
+        static = -(-kernel.shared_bytes // align) * align
         launch = Launch(
             grid=grid_dims,
             block=block_dims,
             memory=GlobalMemory([*buffers, *self._variables.values()]),
             parameters=parameters,
             report=Report(),
-            shared_bytes=starts + shared,
+            shared_bytes=static + shared,
             dynamic_bytes=shared,
             races=races,
             precise=blocks.precise,
@@ -278,12 +274,20 @@ class Program:
             budget=max_instructions,
         )
         rng = np.random.default_rng(seed)
-        for ctas in chunks(grid_dims, launch.warps, launch.shared_bytes, MAX_LANES, MAX_SHARED_TOTAL):
+        limit = min(MAX_LANES, MAX_REGISTERS // max(1, launch.registers))
+        for ctas in chunks(grid_dims, launch.warps, launch.shared_bytes, limit, MAX_SHARED_TOTAL):
             Machine(launch, ctas, schedule, rng).run(blocks.blocks)
         return launch.report
 
 
-def _dynamic(entry: Entry) -> list[Variable]:
+def chunks(grid: Sequence[int], warps: int, cta_bytes: int, limit_lanes: int, limit_bytes: int) -> list[Array]:
+    """Numbers of the CTAs of each chunk, so that neither lanes nor shared memory exceed their limits."""
+    total = int(np.prod(grid))
+    size = max(1, min(limit_lanes // (warps * LANES), limit_bytes // max(1, cta_bytes)))
+    return [np.arange(start, min(total, start + size)) for start in range(0, total, size)]
+
+
+def dynamic_variables(entry: Entry) -> list[Variable]:
     """Shared variables that the launch sizes, as far as instructions can name them."""
     found: dict[str, Variable] = {}
     for scope in {id(ins.scope): ins.scope for ins in entry.instructions}.values():
@@ -303,7 +307,13 @@ def _place(variable: Variable) -> Buffer:
     if variable.values is not None:
         store[start : start + variable.size] = np.frombuffer(variable.values, dtype=U8)
     base = pointer_of(store) + start
-    return Buffer(variable.name, base, base + variable.size, store, variable.space != "const")
+    return Buffer(variable.name, base, base + variable.size, store, base, variable.space != "const")
+
+
+def three(extents: Sequence[int]) -> tuple[int, int, int]:
+    """Extents in three dimensions, the missing ones 1."""
+    x, y, z = [*(int(extent) for extent in extents), 1, 1][:3]
+    return x, y, z
 
 
 def check_launch(entry: Entry, grid: Sequence[int], block: Sequence[int], shared: int) -> None:

@@ -1,6 +1,6 @@
-/* A driver without a GPU: what lightning_hinm/kernels.py asks of libcuda.so.1, strict where the real one is strict.
+/* A driver without a GPU: what lightning_hinm/kernels.py asks of libcuda.so.1, strict where the real one is.
  *
- * Environment:
+ * Environment, read at each call:
  *   STUB_RECORD       file that gets one line of JSON per recorded call (none: nothing is recorded)
  *   STUB_INIT         what cuInit returns (0)
  *   STUB_DRIVER       what cuDriverGetVersion says (12080)
@@ -9,7 +9,7 @@
  *   STUB_OPTIN        largest shared memory of a block, in bytes (232448)
  *   STUB_STATIC       static shared memory of every function, in bytes (1024)
  *   STUB_MISSING      names, separated by commas, that this driver does not have ()
- *   STUB_JIT          what loading a module returns (0); STUB_JIT_LOG is then its log
+ *   STUB_JIT          what loading a module returns (0); STUB_JIT_LOG is then its log; STUB_JIT_TIME its milliseconds
  *   STUB_LAUNCH       what cuLaunchKernel returns (0)
  *   STUB_PARAMETERS   sizes in bytes of the parameters of each function: "name=8,8,4;other=8" ()
  */
@@ -21,7 +21,7 @@
 
 typedef int CUresult; /* CUDA_ERROR_... */
 enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_PTX = 218, INVALID_CONTEXT = 201,
-       INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_OUT_OF_RESOURCES = 701 };
+       INVALID_HANDLE = 400, NOT_FOUND = 500 };
 enum { SHARED_PER_BLOCK_OPTIN = 97, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76 }; /* CU_DEVICE_ATTRIBUTE_... */
 enum { SHARED_SIZE_BYTES = 1, MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };                  /* CU_FUNC_ATTRIBUTE_... */
 enum { ERROR_LOG_BUFFER = 5, ERROR_LOG_BUFFER_SIZE_BYTES = 6 };                     /* CU_JIT_... */
@@ -117,16 +117,19 @@ CUresult cuCtxSetCurrent(Context *context) {
 CUresult cuCtxPushCurrent(Context *context) {
     if (depth == 16) return INVALID_VALUE;
     stack[depth++] = context;
+    RECORD("{\"call\": \"cuCtxPushCurrent\", \"device\": %d}\n", context->device);
     return SUCCESS;
 }
 CUresult cuCtxPopCurrent(Context **context) {
     if (!depth) return INVALID_CONTEXT;
     *context = stack[--depth];
+    RECORD("{\"call\": \"cuCtxPopCurrent\", \"device\": %d}\n", (*context)->device);
     return SUCCESS;
 }
 
 CUresult cuModuleLoadDataEx(Module **module, const char *text, unsigned count, const int *options, void **values) {
     int result = number("STUB_JIT", SUCCESS);
+    usleep(1000 * number("STUB_JIT_TIME", 0));
     if (!current()) return INVALID_CONTEXT;
     RECORD("{\"call\": \"cuModuleLoadDataEx\", \"device\": %d, \"bytes\": %zu}\n", current()->device, strlen(text));
     if (result == SUCCESS && strncmp(text, "//", 2)) result = INVALID_PTX;

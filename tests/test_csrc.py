@@ -1,0 +1,122 @@
+"""The texts that are shipped: built from csrc, as their manifest says, and accepted by every assembler."""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csrc import build
+from tests.ptx.device import shipped
+
+MANIFEST: dict[str, Any] = json.loads((build.PTX / "manifest.json").read_text())
+TEXTS = [text for texts in MANIFEST["texts"].values() for text in texts]
+# Of a parameter in the manifest, its type in the text.
+PARAMETER_TYPES = {"pointer": "u64", "int32": "u32", "int64": "u64", "float32": "f32"}
+NEWEST, OLDEST = "nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu11"
+OLDEST_KNOWS = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+
+def ptxas_of(package: str) -> str:
+    """The assembler in a package of the dev extra."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [file.locate() for file in files if file.name == "ptxas"]
+    if not found:
+        pytest.skip(f"needs ptxas of the package {package}, which is not installed: no text was assembled with it")
+    return str(found[0])
+
+
+def served(text: dict[str, Any]) -> list[str]:
+    """The architectures that the manifest lists resources for, of those that a text serves."""
+    lowest, highest = text["capability"]
+    architectures = sorted({name for entry in MANIFEST["entries"].values() for name in entry["resources"]})
+    numbers = {name: divmod(int(name[3:]), 10) for name in architectures}
+    return [name for name, number in numbers.items() if tuple(lowest) <= number <= tuple(highest)]
+
+
+def check_assembly(file: str, architecture: str, ptxas: str) -> None:
+    used = build.assemble(build.PTX / file, architecture, ptxas)  # raises where it errs or spills
+    kernel = file.split(".")[0]
+    entries = {name: entry for name, entry in MANIFEST["entries"].items() if entry["kernel"] == kernel}
+    assert used.keys() == entries.keys()
+    for name, entry in entries.items():
+        listed = entry["resources"][architecture]
+        assert used[name]["registers"] <= listed["registers"], f"{name} on {architecture}: {used[name]}, not {listed}"
+        assert used[name]["shared"] == listed["shared"]
+
+
+@pytest.mark.parametrize(("file", "architecture"), [(text["file"], name) for text in TEXTS for name in served(text)])
+def test_the_newest_assembler_takes_every_text(file: str, architecture: str) -> None:
+    check_assembly(file, architecture, ptxas_of(NEWEST))
+
+
+@pytest.mark.parametrize("architecture", OLDEST_KNOWS)
+@pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["ptx_version"] == "7.4"])
+def test_the_oldest_assembler_takes_the_texts_for_old_drivers(file: str, architecture: str) -> None:
+    check_assembly(file, architecture, ptxas_of(OLDEST))
+
+
+def test_a_rebuild_gives_the_same_bytes(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else "no nvcc at all"
+    if MANIFEST["compiler"] not in version:
+        pytest.skip(f"NOT CHECKED that csrc gives the shipped texts: that takes nvcc, {MANIFEST['compiler']}")
+    build.compile_texts(tmp_path)
+    for text in TEXTS:
+        assert (tmp_path / text["file"]).read_bytes() == (build.PTX / text["file"]).read_bytes(), text["file"]
+
+
+def test_the_manifest_describes_what_is_there() -> None:
+    assert {text["file"] for text in TEXTS} == {path.name for path in build.PTX.glob("*.ptx")}
+    for text in TEXTS:
+        content = (build.PTX / text["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == text["sha256"], text["file"]
+        assert build.source_sha256(text["source"]) == text["source_sha256"], f"{text['source']} changed: run build.py"
+        assert re.search(rb"^\.version (.*)$", content, re.M)[1].decode() == text["ptx_version"]  # type: ignore[index]
+        assert re.search(rb"^\.target (.*)$", content, re.M)[1].decode() == text["target"]  # type: ignore[index]
+        assert (b"mma.sp::ordered" in content) == (".ordered." in text["file"])
+
+
+def test_every_sparse_text_has_its_ordered_twin() -> None:
+    for kernel, texts in MANIFEST["texts"].items():
+        capabilities = [text["capability"] for text in texts]
+        sparse = "mma.sp" in (build.PTX / f"{kernel}.ptx").read_text()
+        assert capabilities == ([[[8, 0], [9, 99]], [[10, 0], [99, 99]]] if sparse else [[[8, 0], [99, 99]]])
+
+
+@pytest.mark.parametrize("file", [text["file"] for text in TEXTS])
+def test_the_abi_is_that_of_the_text(file: str) -> None:
+    program = shipped(file)
+    entries = {name: entry for name, entry in MANIFEST["entries"].items() if entry["kernel"] == file.split(".")[0]}
+    assert program.entries.keys() == entries.keys()
+    for name, entry in entries.items():
+        types = [PARAMETER_TYPES[parameter["type"]] for parameter in entry["parameters"]]
+        assert [parameter[1] for parameter in program.entries[name].parameters] == types, name
+        assert program.entries[name].max_threads == entry["block"], name
+
+
+def test_the_description_of_entries_is_what_the_manifest_says() -> None:
+    assert MANIFEST["entries"].keys() == build.describe_entries().keys()
+    for name, described in json.loads(json.dumps(build.describe_entries())).items():
+        assert {**MANIFEST["entries"][name], **described} == MANIFEST["entries"][name], name
+
+
+def test_the_wheel_holds_every_text(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=build.SOURCES.parent)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for text in TEXTS:
+            content = archive.read(f"lightning_hinm/ptx/{text['file']}")
+            assert hashlib.sha256(content).hexdigest() == text["sha256"]
+        assert json.loads(archive.read("lightning_hinm/ptx/manifest.json")) == MANIFEST

@@ -1,0 +1,438 @@
+"""The ops on the shipped kernels: in an interpreter of PTX, and on a GPU where there is one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, kernels, pack, unpack
+from lightning_hinm.format import HiNMWeight
+from lightning_hinm.mask import choose_vectors
+from lightning_hinm.ops import cost, expand_all
+from lightning_hinm.ops.cost import Call, Choice
+from lightning_hinm.ops.operands import ACTIVATIONS, activate
+from tests.ptx import Fault
+from tests.ptx.device import Emulator, emulated, relative_error
+from tests.ptx.mutate import MISTAKES, entry_text, mutants
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = list(TOLERANCE)
+
+
+def packed_layer(
+    *shape: int, pattern: HiNMPattern, dtype: torch.dtype, groups: int = 1, tile_order: bool = False
+) -> HiNMWeight:
+    """A random weight of that pattern, its rows in a random order, or in tile order as if that had been absorbed."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    rows = shape[0] // groups
+    order = torch.cat([torch.randperm(rows, generator=generator) + group * rows for group in range(groups)])
+    order = torch.arange(shape[0]) if tile_order else order
+    saliency = weight.flatten(1).abs()
+    layout = HiNMLayout(pattern, order, choose_vectors(saliency, pattern, order))
+    masked = (weight.flatten(1) * hinm_mask(saliency, layout)).reshape(shape)
+    return pack(masked.to(dtype), layout, groups=groups)
+
+
+def numbers(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size) + 1)).to(dtype)
+
+
+@contextmanager
+def only(kernel: str, tokens: int | None = None) -> Iterator[None]:
+    """The planner offers one kernel."""
+    offered = cost.list_kernels
+
+    def list_kernels(call: Call, shared_limit: int, gpu: cost.Gpu) -> list[Choice]:
+        found = [choice for choice in offered(call, shared_limit, gpu) if choice.kernel == kernel]
+        return [choice for choice in found if tokens in (None, choice.tokens)]
+
+    cost.choose_kernel.cache_clear()
+    with mock.patch.object(cost, "list_kernels", list_kernels):
+        yield
+    cost.choose_kernel.cache_clear()
+
+
+def run_linear(packed: HiNMWeight, x: Tensor, bias: Tensor | None, activation: str = "none") -> tuple[Tensor, Tensor]:
+    """What the op finds on its kernels, and what float64 says."""
+    pattern, columns = packed.pattern, packed.shape[1]
+    expanded = expand_all(packed)
+    assert expanded["expansion_metadata"] is not None, "the layer holds fragments"
+    found = torch.ops.hinm.linear(
+        x, *packed.tensors.values(), bias, *expanded.values(), columns, *pattern.fields, activation
+    )
+    double_bias = None if bias is None else bias.to(torch.float64)
+    expected = F.linear(x.to(torch.float64), unpack(packed).to(torch.float64), double_bias)
+    assert found.shape == expected.shape
+    assert found.is_contiguous()
+    return found, activate(expected, activation)
+
+
+def check_linear(packed: HiNMWeight, x: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+    found, expected = run_linear(packed, x, bias, activation)
+    assert relative_error(found, expected) < TOLERANCE[x.dtype]
+
+
+# kernel, its tokens of a block, rows, columns, tokens, pattern: every entry, with tails in every direction
+PLAIN = HiNMPattern(window=None)
+ENTRIES = [
+    ("decode", 8, 70, 136, 5, HiNMPattern(32, 0.5)),
+    ("decode", 16, 200, 50, 29, HiNMPattern(128, 0.75)),
+    ("windowed", 128, 300, 90, 131, HiNMPattern(32, 0.5)),
+    ("windowed", 128, 70, 600, 12, HiNMPattern(64, 0.75, window=104)),
+    ("windowed", 64, 33, 601, 65, HiNMPattern(32, 0.5, window=136)),
+    ("windowed", 64, 520, 64, 3, HiNMPattern(128, 0.0)),
+    ("gather", 128, 70, 150, 9, HiNMPattern(32, 0.5, window=20)),
+    ("gather", 128, 100, 90, 133, HiNMPattern(64, 0.25, window=None)),
+    ("gather", 128, 250, 200, 8, HiNMPattern(128, 0.75, window=None)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ENTRIES, ids=str)
+@pytest.mark.parametrize("tile_order", [False, True])
+def test_every_entry_computes_the_layer(case: tuple[Any, ...], dtype: torch.dtype, tile_order: bool) -> None:
+    kernel, block, rows, columns, tokens, pattern = case
+    packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype, tile_order=tile_order)
+    with emulated() as emulator, only(kernel, block):
+        check_linear(packed, numbers(tokens, columns, dtype=dtype), numbers(rows, dtype=dtype))
+    assert any(name.startswith(f"{kernel}_{'bf16' if dtype == torch.bfloat16 else 'f16'}") for name in emulator.launched)
+
+
+@pytest.mark.parametrize("case", ENTRIES[::2], ids=str)
+@pytest.mark.parametrize("schedule", ["lockstep", "warps"])
+def test_the_texts_for_newer_gpus_compute_the_same(case: tuple[Any, ...], schedule: str) -> None:
+    kernel, block, rows, columns, tokens, pattern = case
+    packed = packed_layer(rows, columns, pattern=pattern, dtype=torch.float16)
+    x = numbers(tokens, columns, dtype=torch.float16)
+    outputs = []
+    for ordered in (False, True):
+        with emulated(ordered=ordered, schedule=schedule, seed=3), only(kernel, block):
+            outputs.append(run_linear(packed, x, None)[0])
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_activation_is_that_of_torch(kernel: str, activation: str, dtype: torch.dtype) -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=dtype)
+    x = numbers(9, 64, dtype=dtype) * 3
+    x[0] = 40.0 * torch.sign(x[0])  # where exponentials leave the range of float16
+    with emulated(), only(kernel):
+        check_linear(packed, x, numbers(64, dtype=dtype), activation)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather"])
+def test_not_a_number_stays_one(kernel: str) -> None:
+    packed = packed_layer(64, 64, pattern=HiNMPattern(vector_sparsity=0.0), dtype=torch.float16)
+    x = numbers(9, 64, dtype=torch.float16)
+    x[4] = float("nan")
+    for activation in ACTIVATIONS:
+        with emulated(), only(kernel):
+            found, _ = run_linear(packed, x, None, activation)
+        assert found[4].isnan().all()
+        assert not found[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
+
+
+@pytest.mark.parametrize("vector_size", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather"])
+def test_every_height_of_a_tile_runs(vector_size: int, kernel: str) -> None:
+    pattern = HiNMPattern(vector_size, 0.5, window=None)
+    packed = packed_layer(2 * vector_size + 5, 72, pattern=pattern, dtype=torch.float16)
+    with emulated(), only(kernel):
+        check_linear(packed, numbers(10, 72, dtype=torch.float16), None)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 300),
+    columns=st.integers(4, 300),
+    tokens=st.integers(1, 140),
+    kernel=st.sampled_from(["decode", "windowed", "gather"]),
+    vector_size=st.sampled_from([32, 64, 128]),
+    vector_sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]),
+    window=st.sampled_from([None, 16, 40, 256]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
+def test_random_shapes_agree(
+    rows: int, columns: int, tokens: int, kernel: str, seed: int, dtype: torch.dtype, **fields: Any
+) -> None:
+    packed = packed_layer(rows, columns, pattern=HiNMPattern(**fields), dtype=dtype)
+    tokens = min(tokens, cost.DECODE_TOKENS) if kernel == "decode" else tokens
+    with emulated(schedule="warps" if seed % 2 else "lockstep", seed=seed), only(kernel):
+        check_linear(packed, numbers(tokens, columns, dtype=dtype), numbers(rows, dtype=dtype))
+
+
+CONVOLUTIONS = [
+    # batch, in_channels, out_channels, size, kernel, stride, padding, dilation, groups
+    (2, 16, 64, (14, 14), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 16, 70, (15, 13), (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    (2, 16, 64, (15, 13), (3, 2), (3, 2), (0, 2), (2, 2), 2),
+    (3, 40, 64, (8, 8), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (3, 40, 64, (7, 7), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (2, 40, 64, (8, 9), (1, 1), (2, 2), (1, 0), (1, 1), 1),
+    (1, 4, 64, (20, 21), (7, 7), (2, 2), (3, 3), (1, 1), 1),
+    (2, 8, 64, (9, 9), (2, 2), (3, 3), (0, 0), (1, 1), 1),
+    (2, 8, 64, (1, 30), (1, 5), (1, 2), (0, 2), (1, 1), 1),
+    (1, 8, 32, (5, 5), (3, 3), (4, 1), (2, 2), (3, 1), 1),
+]
+
+
+def check_conv2d(case: tuple[Any, ...], dtype: torch.dtype, batched: bool = True) -> None:
+    batch, channels, rows, size, kernel, stride, padding, dilation, groups = case
+    pattern = HiNMPattern(32, 0.5)
+    packed = packed_layer(rows, channels // groups, *kernel, pattern=pattern, dtype=dtype, groups=groups)
+    x = numbers(batch, channels, *size, dtype=dtype)
+    x, bias = x if batched else x[0], numbers(rows, dtype=dtype)
+    expanded = expand_all(packed, groups=groups)
+    geometry = (channels, *kernel, *stride, *padding, *dilation, groups)
+    found = torch.ops.hinm.conv2d(
+        x, *packed.tensors.values(), bias, *expanded.values(), *geometry, *pattern.fields, "relu"
+    )
+    double = [tensor.to(torch.float64) for tensor in (x, unpack(packed), bias)]
+    expected = F.relu(F.conv2d(*double, stride, padding, dilation, groups))
+    assert found.shape == expected.shape
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_agree(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    with emulated() as emulator:
+        check_conv2d(case, dtype)
+    direct = case[4:7] == ((1, 1), (1, 1), (0, 0)) and case[3][0] * case[3][1] % 8 == 0
+    assert ("planes" in emulator.launched) != direct
+
+
+def test_a_convolution_of_one_image_without_a_batch_agrees() -> None:
+    with emulated():
+        check_conv2d(CONVOLUTIONS[0], torch.float16, batched=False)
+
+
+def test_images_are_taken_in_parts_that_bound_the_memory_of_their_planes() -> None:
+    with emulated() as emulator, mock.patch("lightning_hinm.ops.gpu.PLANES_BYTES", 1):
+        check_conv2d(CONVOLUTIONS[0], torch.float16)
+    assert emulator.launched == ["planes", "gather_f16_32"] * 2
+
+
+@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather"])
+@pytest.mark.parametrize("columns", [64, 61])
+def test_any_strides_and_any_alignment_are_taken(kernel: str, columns: int) -> None:
+    packed = packed_layer(64, columns, pattern=PLAIN, dtype=torch.float16)
+    flat = numbers(40 * columns + 1, dtype=torch.float16)
+    inputs = [
+        flat[1:].reshape(40, columns)[:10],  # not on a boundary of 16 bytes
+        flat[:-1].reshape(40, columns)[::4],  # tokens apart
+        flat[:-1].reshape(columns, 40).t()[:10],  # feature-major
+        flat[: 10 * columns].reshape(10, columns)[:, torch.arange(columns)][None].expand(2, -1, -1)[:, :5],
+        numbers(10, 2 * columns, dtype=torch.float16)[:, ::2],  # columns apart
+        numbers(1, columns, dtype=torch.float16).expand(10, -1),
+    ]
+    for x in inputs:
+        with emulated(), only(kernel):
+            check_linear(packed, x, None)
+
+
+def test_feature_major_input_is_gathered_as_it_lies() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    with emulated() as emulator, only("gather"):
+        check_linear(packed, numbers(64, 48, dtype=torch.float16).t(), None)
+    assert emulator.launched == ["gather_f16_64", "transpose"]
+
+
+@pytest.mark.parametrize("size", [(0,), (2, 0), (0, 3)], ids=str)
+def test_no_tokens_give_an_empty_result_without_a_launch(size: tuple[int, ...]) -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    with emulated() as emulator:
+        found, _ = run_linear(packed, torch.empty(*size, 64, dtype=torch.float16), None)
+    assert found.shape == (*size, 64)
+    assert emulator.launched == []
+
+
+def test_a_single_token_without_a_batch_is_taken() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    with emulated():
+        check_linear(packed, numbers(64, dtype=torch.float16), None)
+
+
+def test_another_dtype_is_refused_by_name() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    with emulated(), pytest.raises(TypeError, match="x is torch.float32, but the packed weight is torch.float16"):
+        run_linear(packed, numbers(2, 64, dtype=torch.float32), None)
+
+
+def test_more_tokens_than_the_gather_kernel_counts_are_taken_in_parts() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    with emulated() as emulator, only("gather"), mock.patch("lightning_hinm.ops.gpu.MOST_NUMBERS", 64 * 128 + 1):
+        check_linear(packed, numbers(300, 64, dtype=torch.float16), None)
+    assert emulator.launched.count("gather_f16_64") == 3
+
+
+def test_what_no_kernel_takes_runs_without_one_and_says_so_once() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    x = numbers(7, 64, dtype=torch.float16)
+    with emulated() as emulator, only("none of them"):
+        with pytest.warns(UserWarning, match="no kernel has the shared memory for 7 tokens of a 64x64 layer"):
+            check_linear(packed, x, None)
+        check_linear(packed, x, None)  # a warning would be an error
+    assert emulator.launched == []
+
+
+def test_a_layer_that_no_kernel_runs_holds_its_dense_expansion() -> None:
+    for pattern, dtype in ((HiNMPattern(48), torch.float16), (PLAIN, torch.float32), (HiNMPattern(n=1), torch.float16)):
+        weight = torch.zeros(96, 64, dtype=dtype)
+        layout = HiNMLayout(pattern, torch.arange(96), choose_vectors(weight, pattern, torch.arange(96)))
+        with emulated():
+            assert expand_all(pack(weight, layout))["expansion_metadata"] is None
+
+
+def test_gradients_come_from_the_packed_weight() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    x = numbers(3, 64, dtype=torch.float16).requires_grad_()
+    with emulated():
+        found, _ = run_linear(packed, x, None)
+        found.sum().backward()
+    torch.testing.assert_close(x.grad, unpack(packed).sum(dim=0).expand(3, -1), rtol=1e-2, atol=1e-2)
+
+
+def test_a_fused_activation_has_no_gradient_and_says_so() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    x = numbers(3, 64, dtype=torch.float16).requires_grad_()
+    with emulated(), pytest.raises(NotImplementedError, match="activation='relu' is fused for inference only"):
+        run_linear(packed, x, None, "relu")
+
+
+# ---------------------------------------------------------------- the checks can fail
+
+MUTATED = {
+    "decode": (16, 70, 1480, 11, HiNMPattern(64, 0.25, window=None)),
+    "windowed": (64, 300, 600, 70, HiNMPattern(64, 0.5, window=136)),
+    "gather": (128, 70, 300, 70, HiNMPattern(64, 0.0, window=None)),
+}
+BOUNDS = {
+    "decode": ["tokens", "columns"],
+    "windowed": ["tokens", "packed_rows", "columns", "kept"],
+    "gather": ["tokens", "tiles", "kept", "plane"],
+}
+SAMPLE = 6  # mutants of one kind that are run, spread over the text
+
+
+def is_caught(kernel: str, text: str) -> bool:
+    """Whether the interpreter faults on the text, or its result is wrong."""
+    block, rows, columns, tokens, pattern = MUTATED[kernel]
+    packed = packed_layer(rows, columns, pattern=pattern, dtype=torch.float16)
+    x = numbers(tokens, columns, dtype=torch.float16)
+    with emulated(texts={f"{kernel}.ptx": text}), only(kernel, block):
+        try:
+            found, expected = run_linear(packed, x, None)
+        except Fault:
+            return True
+    return not relative_error(found, expected) < TOLERANCE[torch.float16]
+
+
+def mutated_text(kernel: str) -> str:
+    block, *_, pattern = MUTATED[kernel]
+    name = {"decode": f"decode_f16_{block}", "windowed": f"windowed_f16_64_{block}", "gather": "gather_f16_64"}[kernel]
+    return entry_text((kernels.FOLDER / f"{kernel}.ptx").read_text(), name)
+
+
+@pytest.mark.parametrize("kernel", list(MUTATED))
+def test_the_text_without_a_mistake_passes(kernel: str) -> None:
+    assert not is_caught(kernel, mutated_text(kernel))
+
+
+@pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if "bound" not in mistake])
+@pytest.mark.parametrize("kernel", list(MUTATED))
+def test_a_mistake_in_the_text_is_caught(kernel: str, mistake: str) -> None:
+    found = list(mutants(mutated_text(kernel), mistake))
+    if kernel == "decode" and ("transposed" in mistake or "swizzle" in mistake):
+        assert not found, "the decode kernel has no ldmatrix, and nothing to swizzle"
+    else:
+        assert found
+    if "barrier" not in mistake:  # every one of them
+        found = found[:: -(-len(found) // SAMPLE)]
+    missed = [line for line, text in found if not is_caught(kernel, text)]
+    assert not missed, f"nothing noticed {mistake} in lines {missed}"
+
+
+@pytest.mark.parametrize(("kernel", "bound"), [(kernel, bound) for kernel in BOUNDS for bound in BOUNDS[kernel]])
+def test_a_bound_that_is_loosened_is_caught(kernel: str, bound: str) -> None:
+    entry = next(entry for name, entry in kernels.entries().items() if name.startswith(f"{kernel}_f16_"))
+    place = [parameter.name for parameter in entry.parameters].index(bound)
+    found = list(mutants(mutated_text(kernel), "a bound that is loosened", place))
+    assert found
+    assert all(is_caught(kernel, text) for _, text in found)
+
+
+def test_an_index_out_of_range_faults_in_the_interpreter() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    for kernel in MUTATED:
+        with emulated(), only(kernel):
+            expanded = expand_all(packed)
+            bad = expanded["columns"].to(torch.int32) + 64  # type: ignore[union-attr]
+            expanded["columns"] = bad.to(torch.uint16)
+            args = (*packed.tensors.values(), None, *expanded.values(), 64, *PLAIN.fields)
+            with pytest.raises(Fault):
+                torch.ops.hinm.linear(numbers(4, 64, dtype=torch.float16), *args)
+
+
+# ---------------------------------------------------------------- figures of merit
+
+
+def count(kernel: str, block: int, tokens: int, pattern: HiNMPattern) -> Emulator:
+    packed = packed_layer(256, 512, pattern=pattern, dtype=torch.float16, tile_order=True)
+    with emulated() as emulator, only(kernel, block):
+        run_linear(packed, numbers(tokens, 512, dtype=torch.float16), None)
+    return emulator
+
+
+@pytest.mark.parametrize("vector_size", [32, 64, 128])
+def test_the_gather_kernel_has_no_bank_conflicts(vector_size: int) -> None:
+    emulator = count("gather", 128, 128, HiNMPattern(vector_size, 0.5, window=None))
+    report = emulator.reports[emulator.launched.index(f"gather_f16_{vector_size}")]
+    for kind in ("ldmatrix", "ld.shared", "cp.async"):
+        assert report.wavefronts[kind] == report.wavefronts_ideal[kind], kind
+    assert report.wavefronts["st.shared"] <= 1.05 * report.wavefronts_ideal["st.shared"]
+    assert report.global_sectors == report.global_sectors_ideal
+
+
+@pytest.mark.parametrize("vector_size", [32, 64])
+def test_the_windowed_kernel_conflicts_only_where_it_gathers(vector_size: int) -> None:
+    (report,) = count("windowed", 128, 128, HiNMPattern(vector_size, 0.5, window=None)).reports
+    for kind in ("ld.shared", "st.shared", "cp.async"):
+        assert report.wavefronts[kind] == report.wavefronts_ideal[kind], kind
+    assert report.wavefronts["ldmatrix"] < 2.7 * report.wavefronts_ideal["ldmatrix"]  # random rows: 2.5 expected
+    assert report.global_sectors == report.global_sectors_ideal
+
+
+def test_the_decode_kernel_streams_its_weights() -> None:
+    (report,) = count("decode", 8, 8, HiNMPattern(64, 0.5, window=None)).reports
+    assert report.wavefronts["st.shared"] == report.wavefronts_ideal["st.shared"]
+    assert report.wavefronts["ld.shared"] < 2.4 * report.wavefronts_ideal["ld.shared"]  # 2-byte loads of random columns
+    assert report.global_sectors["load"] < 1.1 * report.global_sectors_ideal["load"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ENTRIES, ids=str)
+def test_every_entry_computes_the_layer_on_a_gpu(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    kernel, block, rows, columns, tokens, pattern = case
+    packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype).to("cuda")
+    with only(kernel, block):
+        check_linear(packed, numbers(tokens, columns, dtype=dtype).cuda(), numbers(rows, dtype=dtype).cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_agree_on_a_gpu(case: tuple[Any, ...]) -> None:
+    with torch.device("cuda"):
+        check_conv2d(case, torch.float16)
