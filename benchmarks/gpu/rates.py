@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.clock import Call, Clock, Machine, eager_pass
-from benchmarks.gpu.weights import linear_operands, random_weight
-from lightning_hinm import HiNMPattern, kernels
+from benchmarks.gpu.weights import fragments_of, linear_operands, random_weight
+from lightning_hinm import HiNMPattern, kernels, unpack
 from lightning_hinm.ops import cost, gpu, hinm_linear
-from lightning_hinm.ops.cost import Choice
+from lightning_hinm.ops.operands import LinearOperands
 
 Numbers = dict[str, Any]
 PROBE = Path(__file__).with_name("probe.cu")
@@ -40,7 +40,7 @@ class Rates:
         for name in ("memory", "dense", "gather", "sparse", "transpose", "launch", "cusparselt", "probe"):
             try:
                 keep(name, getattr(self, name)())
-            except Exception as error:  # noqa: PERF203 - one that fails must not cost the others
+            except Exception as error:  # one that fails must not cost the others
                 failures.append(f"{name}: {type(error).__name__}: {error}")
                 keep(name, {"failed": failures[-1]})
         return failures
@@ -70,8 +70,9 @@ class Rates:
         for v in (32, 64, 128):
             rows = v * max(self.machine.gpu.multiprocessors // self.scale, 2)
             seconds, operands = self._bare_gather(rows, columns, tokens, HiNMPattern(v, 0.5, window=None))
-            weight = sum(tensor.nbytes for tensor in operands[5:8])
-            blocks, kept = math.ceil(tokens / cost.GATHER_TOKENS), operands[7].shape[1]
+            values, metadata, index, _ = fragments_of(operands)
+            weight, kept = values.nbytes + metadata.nbytes + index.nbytes, index.shape[1]
+            blocks = math.ceil(tokens / cost.GATHER_TOKENS)
             rowwise = blocks * (rows // v) * kept * cost.GATHER_TOKENS * 2
             found[str(v)] = {"gathered": rowwise / seconds, "with_weight": (rowwise + blocks * weight) / seconds,
                              "sparse": rows * kept * tokens / seconds}  # fmt: skip
@@ -132,7 +133,7 @@ class Rates:
         x = self._randn(64, 128)
         pattern = HiNMPattern(128, 0.0, window=None)
         packed = random_weight((128, 128), pattern, torch.bfloat16, self.generator, permuted=False, restored=False)
-        weight = SparseSemiStructuredTensorCUSPARSELT.from_dense(_dense_of(packed))
+        weight = SparseSemiStructuredTensorCUSPARSELT.from_dense(unpack(packed))
         F.linear(x, weight)
         self.clock.synchronize()
         try:
@@ -155,7 +156,7 @@ class Rates:
             _run(nvcc, *flags, "-o", program, str(PROBE))
             return json.loads(_run(program))
 
-    def _bare_gather(self, rows: int, columns: int, tokens: int, pattern: HiNMPattern) -> tuple[float, Sequence[Any]]:
+    def _bare_gather(self, rows: int, columns: int, tokens: int, pattern: HiNMPattern) -> tuple[float, LinearOperands]:
         """Seconds of the gather kernel alone, between feature-major tensors."""
         packed = random_weight((rows, columns), pattern, torch.bfloat16, self.generator)
         operands, x = linear_operands(packed), self._randn(columns, tokens)
@@ -216,12 +217,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _round(number: float) -> float:
     return float(f"{number:.3g}")
-
-
-def _dense_of(packed: Any) -> torch.Tensor:
-    from lightning_hinm import unpack
-
-    return unpack(packed)
 
 
 def _run(*command: str) -> str:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lightning_hinm import HiNMPattern, HiNMWeight, kernels
 from lightning_hinm.format.packing import index_dtype
-from lightning_hinm.ops import expand_all
-from lightning_hinm.ops.fragments import Fragments, arrange
+from lightning_hinm.ops.fragments import Fragments, arrange, refusal
 from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands
 
 NIBBLES = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)  # of 2:4: first position | second << 2, first < second
@@ -81,15 +80,23 @@ def random_fragments(
     return arrange(random_weight((rows, columns), pattern, dtype, generator))
 
 
-def linear_operands(packed: HiNMWeight, bias: Tensor | None = None, activation: str = "none") -> LinearOperands:
+def linear_operands(
+    packed: HiNMWeight, bias: Tensor | None = None, activation: str = "none", *, device: torch.device | None = None
+) -> LinearOperands:
     """What ``hinm::linear`` takes after ``x``, the weight in the kernels' order.
 
+    Args:
+        packed: the weight; it is brought into that order where it is.
+        bias: on the device.
+        activation: of the result.
+        device: where the kernels run, if not where the weight is.
+
     Raises:
-        RuntimeError: where no kernel runs on the weight's device: a fallback is not what is measured here.
+        RuntimeError: where no kernel takes the weight: a fallback is not what is measured here.
     """
-    columns, pattern = math.prod(packed.shape[1:]), packed.pattern
-    expanded = _expand(packed, 1)
-    return LinearOperands(*packed.tensors.values(), bias, *expanded, columns, *pattern.fields, activation)
+    columns, fields = math.prod(packed.shape[1:]), packed.pattern.fields
+    stored, arranged = _tensors(packed, device or packed.values.device)
+    return LinearOperands(*stored, bias, *arranged, columns, *fields, activation)
 
 
 def conv2d_operands(
@@ -101,11 +108,12 @@ def conv2d_operands(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     activation: str = "none",
+    device: torch.device | None = None,
 ) -> Conv2dOperands:
     """What ``hinm::conv2d`` takes after ``x``; as ``linear_operands``."""
-    kernel = packed.shape[1] * groups, *packed.shape[2:], *stride, *padding, *dilation, groups
-    expanded = _expand(packed, groups)
-    return Conv2dOperands(*packed.tensors.values(), bias, *expanded, *kernel, *packed.pattern.fields, activation)
+    spatial = packed.shape[1] * groups, *packed.shape[2:], *stride, *padding, *dilation, groups
+    stored, arranged = _tensors(packed, device or packed.values.device)
+    return Conv2dOperands(*stored, bias, *arranged, *spatial, *packed.pattern.fields, activation)
 
 
 def fragments_of(operands: LinearOperands | Conv2dOperands) -> tuple[Tensor, ...]:
@@ -114,12 +122,12 @@ def fragments_of(operands: LinearOperands | Conv2dOperands) -> tuple[Tensor, ...
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 
-def _expand(packed: HiNMWeight, groups: int) -> tuple[Tensor | None, ...]:
-    expanded = expand_all(packed, groups=groups)
-    if expanded["expansion_metadata"] is None:
-        device = packed.values.device
-        raise RuntimeError(f"{packed.pattern} has no kernel on {device}: {kernels.refusal(device) or 'see the warning'}")
-    return tuple(expanded.values())
+def _tensors(packed: HiNMWeight, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    reason = kernels.refusal(device) or refusal(packed.pattern, math.prod(packed.shape[1:]), packed.values.dtype)
+    if reason:
+        raise RuntimeError(f"{packed.pattern}: no kernel takes it: {reason}.")
+    stored, arranged = packed.tensors.values(), arrange(packed)
+    return [tensor.to(device) for tensor in stored], [tensor.to(device) for tensor in arranged]
 
 
 def _choose_columns(

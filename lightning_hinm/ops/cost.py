@@ -141,16 +141,19 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
             found = roofs(l2, blocks * tokens, blocks * rows // DECODE_ROWS)
             yield Choice("decode", tokens, (2 * pitch + 1152) * tokens, found.seconds, found.roof)
     window = columns if len(runs) == 1 else pattern.window or columns
-    if window % ALIGNED == 0 and not call.feature_major:
+    # What lies feature-major is copied into rows first, and the other way round.
+    copied = 4 * n * call.in_features
+    rows_copied = (copied, 2) if call.feature_major else (0, 1)
+    if window % ALIGNED == 0:
         for tokens in (128, 64):
             blocks, high = -(-n // tokens), -(-rows // WINDOWED_ROWS)
             l2 = blocks * (high * tokens * columns * 2 + weight)
-            found = roofs(l2, blocks * tokens, blocks * high, WINDOWED_RATE)
+            found = roofs(l2, blocks * tokens, blocks * high, WINDOWED_RATE, *rows_copied)
             yield Choice("windowed", tokens, (512 + 2 * window) * tokens, found.seconds, found.roof)
     blocks = -(-n // GATHER_TOKENS)
     l2 = blocks * (rows // height * GATHER_TOKENS * kept * 2 + weight)
-    turned = 4 * n * (call.rows + (0 if call.feature_major else call.in_features))
-    launches = 2 if call.feature_major else 3
+    turned = 4 * n * call.rows
+    turned, launches = (turned, 2) if call.feature_major else (turned + copied, 3)
     found = roofs(l2, blocks * GATHER_TOKENS, blocks * rows // height, 1.0, turned, launches)
     yield Choice("gather", GATHER_TOKENS, gather_shared(height, kept), found.seconds, found.roof)
 

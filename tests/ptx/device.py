@@ -81,10 +81,10 @@ def emulated(**settings: Any) -> Iterator[Emulator]:
     """CPU tensors run on the kernels, in the interpreter: layers packed inside hold fragments, ops launch."""
     emulator = Emulator(**settings)
     with (
-        mock.patch.object(kernels, "refusal", lambda device: None),
-        mock.patch.object(kernels, "shared_limit", lambda device: SHARED_LIMIT),
+        mock.patch.object(kernels, "refusal", return_value=None),
+        mock.patch.object(kernels, "shared_limit", return_value=SHARED_LIMIT),
         mock.patch.object(kernels, "launch", emulator.launch),
-        mock.patch.object(cost, "gpu_of", lambda device: cost.GPUS[9, 0]),
+        mock.patch.object(cost, "gpu_of", return_value=cost.GPUS[9, 0]),
     ):
         yield emulator
 

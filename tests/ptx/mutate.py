@@ -13,7 +13,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "a swizzle left out": (r"\txor\.b32 ([^,]*), ([^,]*), ([^;]*);", "\tmov.b32 {0}, {1};"),
     "a bound that is loosened": (
         r"(\tld\.param\.u32\s+(%r\d+), \[\w+_param_{bound}\];)",
-        "{0}\n\tadd.s32 {1}, {1}, 8;",
+        "{0}\n\tadd.s32 {1}, {1}, 32;",
     ),
 }
 
