@@ -103,7 +103,9 @@ def test_every_entry_computes_the_layer(case: tuple[Any, ...], dtype: torch.dtyp
     packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype, tile_order=tile_order)
     with emulated() as emulator, only(kernel, block):
         check_linear(packed, numbers(tokens, columns, dtype=dtype), numbers(rows, dtype=dtype))
-    assert any(name.startswith(f"{kernel}_{'bf16' if dtype == torch.bfloat16 else 'f16'}") for name in emulator.launched)
+    assert any(
+        name.startswith(f"{kernel}_{'bf16' if dtype == torch.bfloat16 else 'f16'}") for name in emulator.launched
+    )
 
 
 @pytest.mark.parametrize("case", ENTRIES[::2], ids=str)
@@ -315,7 +317,7 @@ def test_a_fused_activation_has_no_gradient_and_says_so() -> None:
 
 MUTATED = {
     "decode": (16, 70, 1480, 11, HiNMPattern(64, 0.25, window=None)),
-    "windowed": (64, 300, 600, 70, HiNMPattern(64, 0.5, window=128)),
+    "windowed": (64, 300, 896, 70, HiNMPattern(64, 0.5, window=192)),  # nothing pads the kept vectors
     "gather": (128, 70, 300, 70, HiNMPattern(64, 0.0, window=None)),
 }
 BOUNDS = {

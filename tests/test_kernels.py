@@ -340,11 +340,11 @@ def _use_after_fork(how: str) -> list[Any]:
 def test_the_shipped_manifest_says_what_the_shipped_texts_take() -> None:
     if not (kernels.FOLDER / "manifest.json").exists():
         pytest.skip(f"needs {kernels.FOLDER}/manifest.json")
-    texts, entries = kernels._manifest(kernels.FOLDER)
+    texts, entries = kernels.read_manifest(kernels.FOLDER)
     for name, entry in entries.items():
         widths = [8 if parameter.type in ("pointer", "int64") else 4 for parameter in entry.parameters]
         for text in texts[entry.kernel]:
-            ptx = kernels._read(kernels.FOLDER / text.file, text.sha256).decode()
+            ptx = kernels.read_text(kernels.FOLDER / text.file, text.sha256).decode()
             found = re.search(rf"\.entry {name}\((.*?)\)", ptx, re.DOTALL)
             assert found is not None, f"{text.file} has no {name}"
             assert [WIDTHS[kind] for kind in re.findall(r"\.param \.(\w+)", found[1])] == widths

@@ -141,7 +141,8 @@ def grid(
 
 def convolutions(layers: Iterable[Conv2d], vector_sizes: Iterable[int], sparsities: Iterable[float]) -> list[Case]:
     """The product; a window changes nothing for the one kernel that they have."""
-    patterns = [HiNMPattern.from_sparsity(sparsity, v, window=None) for v, sparsity in product(vector_sizes, sparsities)]
+    pairs = product(vector_sizes, sparsities)
+    patterns = [HiNMPattern.from_sparsity(sparsity, v, window=None) for v, sparsity in pairs]
     return [Case(layer, layer.tokens, pattern) for layer, pattern in product(layers, patterns)]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.gpu.weights import conv2d_operands, linear_operands, random_weight
 from lightning_hinm import HiNMPattern, kernels, unpack
 from lightning_hinm.ops import cost, gpu, hinm_conv2d, hinm_linear
+from lightning_hinm.ops.fragments import tile_rows
 from lightning_hinm.ops.operands import ACTIVATIONS, LinearOperands, activate
 
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -318,7 +319,7 @@ class Checker:
 
 def entry_of(choice: cost.Choice, pattern: HiNMPattern, dtype: torch.dtype) -> str:
     """The entry that a choice launches on a weight of that pattern."""
-    short, height = gpu.SHORT[dtype], gpu.cost.tile_rows(pattern)
+    short, height = gpu.SHORT[dtype], tile_rows(pattern)
     if choice.kernel == "decode":
         return f"decode_{short}_{choice.tokens}"
     if choice.kernel == "windowed":
@@ -335,7 +336,7 @@ def _launches(findings: Findings) -> Iterator[None]:
         findings.launched[entry] += 1
         launch(entry, *arguments)
 
-    kernels.launch = count  # type: ignore[assignment]
+    kernels.launch = count
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What HiNM is compared with: cuBLAS and cuDNN on dense weights, and cuSPARSELt on 2:4 weights through torch's tensor."""
+"""What HiNM is compared with: cuBLAS and cuDNN on dense weights, cuSPARSELt on 2:4 weights in torch's own tensor."""
 
 import warnings
 from collections.abc import Sequence

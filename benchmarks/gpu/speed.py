@@ -200,10 +200,9 @@ class Speed:
             if not base:
                 count = self.machine.copies(sum(tensor.nbytes for tensor in fragments_of(operands)))
                 base = [operands, *(copy_weight(operands) for _ in range(count - 1))]
-            assert operands.columns is not None and operands.restore is not None
-            own = {"columns": operands.columns, "restore": operands.restore}
+            index_of_columns, rows = fragments_of(operands)[2:]
             copies[output, index] = [
-                each._replace(**{name: tensor.clone() for name, tensor in own.items()}) for each in base
+                each._replace(columns=index_of_columns.clone(), restore=rows.clone()) for each in base
             ]
         return packed, copies
 

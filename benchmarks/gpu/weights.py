@@ -4,6 +4,7 @@ Shapes: O rows, I columns (of one group in a grouped convolution), T tiles of V 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,8 @@ def fragments_of(operands: LinearOperands | Conv2dOperands) -> tuple[Tensor, ...
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 
-def _tensors(packed: HiNMWeight, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def _tensors(packed: HiNMWeight, device: torch.device) -> tuple[list[Any], list[Any]]:
+    """The packed weight as it is stored, and as the kernels read it."""
     reason = kernels.refusal(device) or refusal(packed.pattern, math.prod(packed.shape[1:]), packed.values.dtype)
     if reason:
         raise RuntimeError(f"{packed.pattern}: no kernel takes it: {reason}.")
@@ -130,9 +132,7 @@ def _tensors(packed: HiNMWeight, device: torch.device) -> tuple[list[Tensor], li
     return [tensor.to(device) for tensor in stored], [tensor.to(device) for tensor in arranged]
 
 
-def _choose_columns(
-    tiles: int, first: int, last: int, kept: int, generator: torch.Generator, permuted: bool
-) -> Tensor:
+def _choose_columns(tiles: int, first: int, last: int, kept: int, generator: torch.Generator, permuted: bool) -> Tensor:
     """Of one run, other columns for each tile; those that no real column is left for are virtual, and come last."""
     real = min(kept, last - first)
     order = torch.rand(tiles, last - first, generator=generator, device=generator.device).argsort(dim=1)[:, :real]

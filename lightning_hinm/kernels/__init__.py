@@ -7,23 +7,19 @@ GPU and driver. CUDA is left alone until a function is called with a CUDA device
 import contextlib
 import ctypes
 import functools
-import hashlib
-import json
 import os
 import struct
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "ptx"  # tests point it at a folder of their own, before the first call
-FORMAT = 1
-SLOTS = {"pointer": "Q", "int32": "i4x", "int64": "q", "float32": "f4x"}  # struct codes, each padded to 8 bytes
+from lightning_hinm.kernels.manifest import SLOTS, Entry, Text, must, read_manifest, read_text
+
+FOLDER = Path(__file__).parents[1] / "ptx"  # tests point it at a folder of their own, before the first call
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # of every GPU
 MEMOISED = 64  # sizes kept per thread and entry: one for each layer that shares the entry
 LOG_BYTES = 16384  # of the driver's compiler
@@ -33,67 +29,13 @@ LEGACY_STREAM = 1  # torch's default stream; with CUDA_PYTHON_CUDA_PER_THREAD_DE
 FORKED = "this process was forked from one that had initialised CUDA, so it cannot use it; start it by the spawn method"
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of an entry; dtype and layout are for the reader, the alignment (in bytes) is checked."""
-
-    name: str
-    type: str
-    dtype: str = ""
-    layout: str = ""
-    alignment: int = 1
-
-
-@dataclass(frozen=True)
-class Text:
-    """One PTX file, for compute capabilities ``lowest .. highest`` and for drivers of at least version ``driver``."""
-
-    file: str
-    sha256: str
-    driver: int
-    lowest: tuple[int, ...]
-    highest: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One kernel as it is launched.
-
-    Args:
-        name: its name in the text.
-        kernel: the texts that hold it.
-        parameters: in the order of ``launch``.
-        block: threads of a block.
-        grid_rules: for x, y and z a parameter's name and its divisor, or None and the number itself.
-        shared: bytes of dynamic shared memory, whatever the arguments.
-        shared_rules: a parameter's name, and the bytes that each of it adds.
-    """
-
-    name: str
-    kernel: str
-    parameters: tuple[Parameter, ...]
-    block: int
-    grid_rules: tuple[tuple[str | None, int], ...]
-    shared: int
-    shared_rules: tuple[tuple[str, int], ...]
-
-    def grid(self, arguments: Mapping[str, int]) -> tuple[int, int, int]:
-        """Blocks along x, y and z: ceil(value / divisor), or the number itself."""
-        x, y, z = (number if name is None else -(-arguments[name] // number) for name, number in self.grid_rules)
-        return x, y, z
-
-    def shared_bytes(self, arguments: Mapping[str, int]) -> int:
-        """Dynamic shared memory of one block."""
-        return self.shared + sum(number * arguments[name] for name, number in self.shared_rules)
-
-
 def entries() -> Mapping[str, Entry]:
     """Every entry of the manifest, by name.
 
     Raises:
         ValueError: if the manifest is missing or malformed.
     """
-    return _manifest(FOLDER)[1]
+    return read_manifest(FOLDER)[1]
 
 
 def refusal(device: torch.device) -> str | None:
@@ -283,8 +225,8 @@ def _limit(process: int, device: torch.device) -> int:
 def _examine(device: torch.device) -> None:
     """Raises ValueError with the reason, if the kernels do not run on that device."""
     global _started
-    _must(device.type == "cuda", "is no CUDA device, but the kernels are PTX for NVIDIA GPUs; move the model to one")
-    _must(_started in (None, os.getpid()), FORKED)  # first of all: the fork may have copied locks that are held
+    must(device.type == "cuda", "is no CUDA device, but the kernels are PTX for NVIDIA GPUs; move the model to one")
+    must(_started in (None, os.getpid()), FORKED)  # first of all: the fork may have copied locks that are held
     # The library is asked before the binding is: a binding that fails to load its driver can leave its own lock held
     # (the first failure of cuda.core does so), and every later call of it would wait for ever.
     version = ctypes.c_int()
@@ -293,7 +235,7 @@ def _examine(device: torch.device) -> None:
     except (AttributeError, OSError) as error:
         raise ValueError(f"no NVIDIA driver was found ({error}), but a GPU needs one; install it") from error
     _check_driver(version.value, "cuda.bindings", BINDING_DRIVER)
-    _must(_torch_has_cuda(), f"torch {torch.__version__} is built without CUDA, but allocates; install a build with it")
+    must(_torch_has_cuda(), f"torch {torch.__version__} is built without CUDA, but allocates; install a build with it")
 
     from cuda.bindings import driver
 
@@ -301,29 +243,29 @@ def _examine(device: torch.device) -> None:
     (failure,) = driver.cuInit(0)
     if failure:
         _started = None
-        _must(failure != driver.CUresult.CUDA_ERROR_NOT_INITIALIZED, FORKED)  # after torch's own use of CUDA
+        must(failure != driver.CUresult.CUDA_ERROR_NOT_INITIALIZED, FORKED)  # after torch's own use of CUDA
         raise ValueError(f"cuInit failed with {_describe(failure)}, but must find a GPU; compare nvidia-smi")
     index, count = device.index, _check(driver.cuDeviceGetCount(), "cuDeviceGetCount")
-    _must(index < count, f"only {count} GPUs are visible, counted from 0; compare nvidia-smi and CUDA_VISIBLE_DEVICES")
+    must(index < count, f"only {count} GPUs are visible, counted from 0; compare nvidia-smi and CUDA_VISIBLE_DEVICES")
     for text in _suitable(index).values():
         _check_driver(version.value, text.file, text.driver)
-        _read(FOLDER / text.file, text.sha256)
+        read_text(FOLDER / text.file, text.sha256)
 
 
 def _check_driver(version: int, name: str, least: int) -> None:
     got, needed = (f"{number // 1000}.{number % 1000 // 10}" for number in (version, least))
-    _must(version >= least, f"its driver takes CUDA up to {got}, but {name} needs {needed}; install a newer driver")
+    must(version >= least, f"its driver takes CUDA up to {got}, but {name} needs {needed}; install a newer driver")
 
 
 def _suitable(index: int) -> dict[str, Text]:
     """For each kernel the first of its texts that suits the device's compute capability."""
     capability = tuple(_attribute(f"COMPUTE_CAPABILITY_{part}", index) for part in ("MAJOR", "MINOR"))
     chosen = {}
-    for kernel, texts in _manifest(FOLDER)[0].items():
+    for kernel, texts in read_manifest(FOLDER)[0].items():
         suiting = [text for text in texts if text.lowest <= capability <= text.highest]
         ranges = ", ".join("{}.{} to {}.{}".format(*text.lowest, *text.highest) for text in texts)
         got = "{}.{}".format(*capability)
-        _must(bool(suiting), f"its compute capability is {got}, but {kernel} takes {ranges}; run the layers dense")
+        must(bool(suiting), f"its compute capability is {got}, but {kernel} takes {ranges}; run the layers dense")
         chosen[kernel] = suiting[0]
     return chosen
 
@@ -348,7 +290,7 @@ def _load(index: int) -> tuple[Any, Any, dict[str, tuple[Any, int]]]:
 
 
 def _load_text(driver: Any, text: Text) -> Any:
-    image, log = _read(FOLDER / text.file, text.sha256) + b"\0", bytearray(LOG_BYTES)
+    image, log = read_text(FOLDER / text.file, text.sha256) + b"\0", bytearray(LOG_BYTES)
     options = [driver.CUjit_option.CU_JIT_ERROR_LOG_BUFFER, driver.CUjit_option.CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES]
     error, module = driver.cuModuleLoadDataEx(image, len(options), options, [log, len(log)])
     if error:
@@ -370,75 +312,6 @@ def _load_function(driver: Any, module: Any, name: str, limit: int) -> tuple[Any
         loaded = driver.cuFuncLoad(function)
     _check(loaded, f"{name}: loading it")
     return function, limit - static
-
-
-@functools.cache
-def _manifest(folder: Path) -> tuple[Mapping[str, tuple[Text, ...]], Mapping[str, Entry]]:
-    texts, known, place = {}, {}, "manifest.json"
-    try:
-        given = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        _must(given["format"] == FORMAT, f"format is {given['format']!r}, but this lightning_hinm reads {FORMAT}.")
-        for place, several in given["texts"].items():
-            texts[place] = tuple(map(_text_of, several))
-            _must(len(several) > 0, "has no text, but a kernel needs one.")
-        for place, record in given["entries"].items():
-            known[place] = _entry_of(place, record)
-            _must(known[place].kernel in texts, f"kernel is {known[place].kernel!r}, but must be one of {list(texts)}.")
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        fact = error if isinstance(error, (OSError, ValueError)) else f"is malformed, {error!r}."
-        raise ValueError(f"{folder}: {place}: {fact} Reinstall lightning-hinm.") from error
-    return MappingProxyType(texts), MappingProxyType(known)
-
-
-def _text_of(given: dict[str, Any]) -> Text:
-    lowest, highest = (tuple(_natural("capability", number) for number in pair) for pair in given["capability"])
-    _must(len(lowest) == len(highest) == 2, f"capability is {given['capability']}, but must be two pairs.")
-    file = given["file"]
-    _must(Path(file).name == file, f"file is {file!r}, but must be in the manifest's own folder.")
-    return Text(file, given["sha256"], _natural("driver", given["driver"]), lowest, highest)
-
-
-def _parameter_of(given: dict[str, Any]) -> Parameter:
-    name, kind, power = given["name"], given["type"], _natural("alignment", given.get("alignment", 1), 1)
-    _must(kind in SLOTS, f"{name} is of type {kind!r}, but must be one of {list(SLOTS)}.")
-    _must(power.bit_count() == 1, f"{name} is aligned to {power}, but must be to a power of 2.")
-    return Parameter(name, kind, given.get("dtype", ""), given.get("layout", ""), power)
-
-
-def _entry_of(name: str, given: dict[str, Any]) -> Entry:
-    parameters = tuple(map(_parameter_of, given["parameters"]))
-    rules = [{int: (None, rule), str: (rule, 1)}.get(type(rule), rule) for rule in given["grid"]]
-    grid = tuple((key, _natural("grid", number, 1)) for key, number in rules)
-    per = tuple((key, _natural("shared", number)) for key, number in given["shared"].get("per", {}).items())
-    names = [parameter.name for parameter in parameters]
-    _must(len(grid) == 3, f"grid has {len(grid)} dimensions, but must have 3.")
-    _must(len(set(names)) == len(names), f"its parameters are {names}, but must differ.")
-    integers = {each.name for each in parameters if each.type.startswith("int")}
-    unknown = {key for key, _ in (*grid, *per)} - {None} - integers
-    _must(not unknown, f"grid or shared memory depend on {sorted(unknown)}, but may only on {sorted(integers)}.")
-    block, shared = _natural("block", given["block"], 1), _natural("shared", given["shared"]["bytes"])
-    return Entry(name, given["kernel"], parameters, block, grid, shared, per)
-
-
-def _natural(what: str, value: Any, least: int = 0) -> int:
-    _must(type(value) is int and value >= least, f"{what} is {value!r}, but must be an integer of at least {least}.")
-    return value
-
-
-def _must(holds: bool, fact: str) -> None:
-    if not holds:
-        raise ValueError(fact)
-
-
-@functools.cache
-def _read(path: Path, sha256: str) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} is in the manifest, but cannot be read; reinstall lightning-hinm") from error
-    got = hashlib.sha256(data).hexdigest()
-    _must(got == sha256, f"{path} has the sha256 {got}, but the manifest {sha256}; reinstall lightning-hinm")
-    return data
 
 
 def _attribute(name: str, index: int) -> int:
