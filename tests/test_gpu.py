@@ -268,7 +268,7 @@ def test_a_single_token_without_a_batch_is_taken() -> None:
 
 def test_another_dtype_is_refused_by_name() -> None:
     packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
-    with emulated(), pytest.raises(TypeError, match="x is torch.float32, but the packed weight is torch.float16"):
+    with emulated(), pytest.raises(TypeError, match=r"x is torch.float32, but the packed weight is torch.float16"):
         run_linear(packed, numbers(2, 64, dtype=torch.float32), None)
 
 
@@ -342,7 +342,7 @@ def is_caught(kernel: str, text: str) -> bool:
 
 
 def mutated_text(kernel: str) -> str:
-    block, *_, pattern = MUTATED[kernel]
+    block = MUTATED[kernel][0]
     name = {"decode": f"decode_f16_{block}", "windowed": f"windowed_f16_64_{block}", "gather": "gather_f16_64"}[kernel]
     return entry_text((kernels.FOLDER / f"{kernel}.ptx").read_text(), name)
 

@@ -97,7 +97,8 @@ def linear_operands(
     """
     columns, fields = math.prod(packed.shape[1:]), packed.pattern.fields
     stored, arranged = _tensors(packed, device or packed.values.device)
-    return LinearOperands(*stored, bias, *arranged, columns, *fields, activation)
+    arguments: tuple[Any, ...] = (*stored, bias, *arranged, columns, *fields, activation)
+    return LinearOperands(*arguments)
 
 
 def conv2d_operands(
@@ -114,7 +115,8 @@ def conv2d_operands(
     """What ``hinm::conv2d`` takes after ``x``; as ``linear_operands``."""
     spatial = packed.shape[1] * groups, *packed.shape[2:], *stride, *padding, *dilation, groups
     stored, arranged = _tensors(packed, device or packed.values.device)
-    return Conv2dOperands(*stored, bias, *arranged, *spatial, *packed.pattern.fields, activation)
+    arguments: tuple[Any, ...] = (*stored, bias, *arranged, *spatial, *packed.pattern.fields, activation)
+    return Conv2dOperands(*arguments)
 
 
 def fragments_of(operands: LinearOperands | Conv2dOperands) -> tuple[Tensor, ...]:

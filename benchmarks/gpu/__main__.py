@@ -1,0 +1,185 @@
+"""The kernels on a GPU: ``benchmarks/gpu.sh``, or ``python -m benchmarks.gpu``.
+
+Steps, each in a process of its own:
+
+correctness   every kernel against float64, on shapes, storages and surroundings of all kinds
+memcheck      a part of that under compute-sanitizer, reads and writes out of bounds
+racecheck     the same, races in shared memory
+rates         what bounds the kernels here, and a row for the planner's table of GPUs
+speed         layers of known networks against cuBLAS, cuDNN and cuSPARSELt; not after a wrong result
+
+A step that fails does not stop the others, but the exit code says so. All numbers go into one JSON, written after every
+case, and a PNG beside it where matplotlib is installed; both go to the folder $OUT as well, if that is set.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import correctness, goals, sanitizer, steps
+from benchmarks.gpu.cases import all_cases, default_cases
+from benchmarks.gpu.clock import Clock, Machine
+from benchmarks.gpu.plot import draw_plot
+from benchmarks.gpu.record import ROOT, Record, copies_of, facts, path_for
+
+NEEDS_GPU = 2  # exit code
+SECONDS, FULL_SECONDS = 440.0, 3600.0
+LEAST_SPEED_SECONDS = 60.0  # whatever the steps before it took
+LIMITS = {"correctness": 150.0, "memcheck": 80.0, "racecheck": 80.0, "rates": 100.0}
+GRACE = 30.0  # that a step has beyond its own limit, to come to its end
+TAIL = 60  # lines of a step's output that the record keeps
+SANITIZED = ("memcheck", "racecheck")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step: passed, failed or skipped."""
+
+    step: str
+    outcome: str
+    seconds: float
+    said: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--full", action="store_true", help="the whole grid of cases, not a choice of them")
+    parser.add_argument("--seconds", type=float, help=f"of it all; {SECONDS:g}, with --full {FULL_SECONDS:g}")
+    parser.add_argument("--out", type=Path, help="the JSON; benchmarks/results/gpu-<name of the GPU>.json")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the PNG of a JSON; needs no GPU")
+    parser.add_argument("--step", choices=("correctness", "sanitize", "rates", "speed"),
+                        help="only that, in this process, into the JSON that is there; sanitize: what the two "
+                        "sanitizers watch")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.plot:
+        draw_plot(Record(options.plot).data, options.plot.with_suffix(".png"))
+        return 0
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees none"
+        print(f"benchmarks.gpu needs an NVIDIA GPU, but {why} (torch {torch.__version__}).", file=sys.stderr)
+        return NEEDS_GPU
+    device = torch.device("cuda", 0)
+    path = options.out or path_for(device)
+    seconds = options.seconds or (FULL_SECONDS if options.full else SECONDS)
+    if options.step:
+        return 0 if run_step(options.step, path, device, seconds, full=options.full) else 1
+    record = Record(path, fresh=True)
+    record.put("facts", facts(device) | {"arguments": sys.argv[1:]})
+    outcomes = run_steps(record, seconds, ["--full"] if options.full else [])
+    conclude(Record(path), facts(device)["nvidia_smi"])
+    return 0 if all(outcome.outcome == "passed" for outcome in outcomes) else 1
+
+
+def run_step(step: str, path: Path, device: torch.device, seconds: float, *, full: bool = False) -> bool:
+    """One step in this process; whether it passed."""
+    record, say = Record(path), lambda line: print(line, flush=True)
+    if step == "correctness":
+        return steps.check(record, device, correctness.FULL, say)
+    if step == "sanitize":
+        return steps.sanitize(device, correctness.SUBSET, say)
+    machine, clock = Machine.of(device), Clock(device)
+    if step == "rates":
+        return steps.measure(record, machine, clock, say)
+    return steps.compare(record, machine, clock, all_cases() if full else default_cases(), seconds, say)
+
+
+def run_steps(record: Record, seconds: float, flags: Sequence[str] = ()) -> list[Outcome]:
+    """All steps in turn, each in a process of its own, the last one with the time that the others left."""
+    end, outcomes = time.monotonic() + seconds, []
+    own = [sys.executable, "-m", "benchmarks.gpu", "--out", str(record.path), *flags]
+    for step in ("correctness", *SANITIZED, "rates", "speed"):
+        left = max(end - time.monotonic(), LEAST_SPEED_SECONDS)
+        wrong = Record(record.path).data.get("correctness", {}).get("wrong", [])
+        if step == "speed" and wrong:
+            outcome = Outcome(step, "skipped", 0.0, f"{len(wrong)} results are wrong: their speed means nothing")
+            print(f"speed: skipped, {outcome.said}")
+        elif step in SANITIZED:
+            tool, program = sanitizer.find_tool(), [*own, "--step", "sanitize"]
+            if tool is None:
+                outcome = Outcome(step, "failed", 0.0, f"{sanitizer.NAME} is not installed: nothing was checked")
+            else:
+                call = sanitizer.command(tool, step, program)
+                outcome = run_process(step, call, LIMITS[step], sanitizer.environment(step))
+        else:
+            # A case that has begun comes to its end, and the kernels are loaded before the first.
+            limit = LIMITS.get(step, left + GRACE)
+            outcome = run_process(step, [*own, "--step", step, "--seconds", f"{left:.0f}"], limit)
+        print(f"{step}: {outcome.outcome} in {outcome.seconds:.0f} s", flush=True)
+        outcomes.append(outcome)
+        record = Record(record.path)  # the step wrote into it
+        record.add("steps", vars(outcome))
+    return outcomes
+
+
+def run_process(
+    step: str, command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
+) -> Outcome:
+    """A step's process, its output passed through; one that does not end in time is killed with all its children."""
+    print(f"---- {step}: {' '.join(command)}", flush=True)
+    start, tail = time.monotonic(), deque[str](maxlen=TAIL)
+    late = threading.Event()
+    process = subprocess.Popen(  # noqa: S603
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
+        env={**os.environ, **(environment or {})}, start_new_session=True,
+    )  # fmt: skip
+
+    def kill() -> None:
+        late.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, kill)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            tail.append(line)
+        code: int | None = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    said = "".join(tail)
+    code = None if late.is_set() else code
+    if step in SANITIZED:
+        wrong = sanitizer.verdict(code, said)
+    else:
+        wrong = None if code == 0 else f"no end after {limit:.0f} s" if code is None else f"exit code {code}"
+    outcome = "passed" if wrong is None else "failed"
+    return Outcome(step, outcome, round(time.monotonic() - start, 1), "" if wrong is None else f"{wrong}\n{said}")
+
+
+def conclude(record: Record, state: Any) -> None:
+    """Goals and picture of a record, and the summary."""
+    record.data["nvidia_smi_after"] = state
+    record.put("goals", [goal.row for goal in goals.goals_of(record.data.get("cases", ()))])
+    picture = record.path.with_suffix(".png")
+    try:
+        draw_plot(record.data, picture)
+        for copy in copies_of(picture):
+            copy.write_bytes(picture.read_bytes())
+        record.put("plot", picture.name)
+    except (ImportError, ValueError) as error:
+        record.put("plot", f"none: {error}")
+    print(goals.table_of(record.data))
+    if row := record.data.get("row"):
+        print(f"for lightning_hinm.ops.cost.GPUS:\n    {row['python']}")
+    for step in record.data.get("steps", ()):
+        print(f"{step['step']}: {step['outcome']}" + (f", {step['said'].splitlines()[0]}" if step["said"] else ""))
+    print(f"{record.path}\nplot: {record.data['plot']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What the kernels are meant to reach, and what a record says of it. Pure: a record in, rows out."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.gpu.speed import seconds_of
+
+Record = dict[str, Any]
+DECODE_TOKENS, DECODE = 16, {0.75: 2.5, 0.875: 4.5}
+LEAST_TOKENS, LEAST_SIDE, VECTOR_SIZE = 4096, 3072, 64
+MANY = {"row": {0.75: 1.2, 0.875: 1.9}, "feature": {0.75: 1.5, 0.875: 2.5}}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of times that is wanted, and the one that was found."""
+
+    text: str
+    case: str
+    wanted: float
+    found: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether it is."""
+        return self.found >= self.wanted
+
+    @property
+    def row(self) -> Record:
+        """For the JSON."""
+        return {**asdict(self), "reached": self.reached}
+
+
+def goals_of(cases: Iterable[Record]) -> list[Goal]:
+    """Every goal that the cases of a record speak of."""
+    goals = []
+    for case in cases:
+        if case.get("kind") != "linear" or "times" not in case:
+            continue
+        for storage in ("row", "feature"):
+            speed_up = speed_up_of(case, storage)
+            if speed_up is None:
+                continue
+            name, sparsity, tokens = case["case"], case["sparsity"], case["tokens"]
+            if storage == "row" and "Llama" in name and tokens <= DECODE_TOKENS and sparsity in DECODE:
+                goals.append(Goal("decode, Llama", name, DECODE[sparsity], speed_up))
+            large = tokens >= LEAST_TOKENS and min(case["rows"], case["columns"]) >= LEAST_SIDE
+            if large and case["vector_size"] == VECTOR_SIZE and sparsity in MANY[storage]:
+                goals.append(Goal(f"many tokens, {storage}-major", name, MANY[storage][sparsity], speed_up))
+            if not is_chosen(case, storage):
+                continue
+            goals.append(Goal(f"chosen, so not slower than dense, {storage}-major", name, 1.0, speed_up))
+            rival, own = cusparselt_seconds(case), chosen_seconds(case, storage)
+            if rival is not None and own is not None:
+                goals.append(Goal(f"chosen, so ahead of cuSPARSELt, {storage}-major", name, 1.0, rival / own))
+    return goals
+
+
+def speed_up_of(case: Record, storage: str) -> float | None:
+    """Of the planner's kernel, over the faster of the two dense products."""
+    dense, own = dense_seconds(case), chosen_seconds(case, storage)
+    return None if dense is None or own is None else dense / own
+
+
+def chosen_seconds(case: Record, storage: str) -> float | None:
+    """Of the planner's kernel."""
+    path = case.get("chosen", {}).get(storage)
+    return seconds_of(case, path, storage) if path else None
+
+
+def dense_seconds(case: Record) -> float | None:
+    """Of cuBLAS, from the storage it likes better: the harder rival."""
+    return _least(seconds_of(case, "dense"), seconds_of(case, "dense", "feature"))
+
+
+def cusparselt_seconds(case: Record) -> float | None:
+    """Of cuSPARSELt, with torch's algorithm or with the one that its search found."""
+    return _least(seconds_of(case, "cusparselt"), seconds_of(case, "cusparselt_searched"))
+
+
+def is_chosen(case: Record, storage: str) -> bool:
+    """Whether the planner's predictions prefer HiNM to the dense layer."""
+    predicted = case.get("predicted", {}).get(storage)
+    return predicted is not None and predicted < case["predicted_dense"]
+
+
+def regret_of(case: Record, *, remeasured: bool = False) -> float | None:
+    """How many times slower the planner's kernel is than the fastest one, on a row-major input; 1 at best.
+
+    Args:
+        case: a record of it.
+        remeasured: with the figures that this machine measured of itself.
+    """
+    found = {entry["path"]: seconds_of(case, entry["path"]) for entry in case.get("times", ())
+             if entry["input"] == "row" and "_" in entry["path"] and "cusparselt" not in entry["path"]}  # fmt: skip
+    times = {path: seconds for path, seconds in found.items() if seconds is not None}
+    path = case.get("chosen", {}).get("row")
+    if remeasured:
+        predicted = {path: seconds for path, seconds in case.get("remeasured", {}).items() if path in times}
+        path = min(predicted, key=lambda name: predicted[name], default=None)
+    return times[path] / min(times.values()) if path in times else None
+
+
+def table_of(data: Record) -> str:
+    """The goals as text: those with a ratio case by case, the others counted, with what was missed."""
+    cases = [case for case in data.get("cases", ()) if case.get("kind") == "linear"]
+    goals = goals_of(cases)
+    lines = []
+    for goal in goals:
+        if goal.wanted != 1.0:
+            lines.append(f"{'reached' if goal.reached else 'MISSED':8} {goal.found:5.2f}x of {goal.wanted:.1f}x  "
+                         f"{goal.text}: {goal.case}")  # fmt: skip
+    for text in dict.fromkeys(goal.text for goal in goals if goal.wanted == 1.0):
+        same = [goal for goal in goals if goal.text == text]
+        missed = [goal for goal in same if not goal.reached]
+        word = "MISSED" if missed else "reached"
+        lines.append(f"{word:8} {len(same) - len(missed)} of {len(same)}  {text}")
+        lines += [f"           {goal.found:5.2f}x {goal.case}" for goal in missed]
+    for text, remeasured in (("as it is", False), ("with this machine's figures", True)):
+        regrets = [(regret, case["case"]) for case in cases if (regret := regret_of(case, remeasured=remeasured))]
+        if regrets:
+            best, (worst, name) = sum(regret == 1.0 for regret, _ in regrets), max(regrets)
+            lines.append(f"planner, {text}: the fastest kernel in {best} of {len(regrets)}; at worst {worst:.2f} times "
+                         f"slower, {name}")  # fmt: skip
+    return "\n".join(lines or ["no case speaks of a goal"])
+
+
+def _least(*values: float | None) -> float | None:
+    return min((value for value in values if value is not None), default=None)
