@@ -14,13 +14,18 @@ import traceback
 from importlib.util import find_spec
 from typing import NoReturn
 
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_hinm.format import export_checkpoint
+from lightning_hinm.kernels import refusal
+from lightning_hinm.ops.figures import save_gpu
+from lightning_hinm.ops.tune import measure_gpu
 
 DESCRIPTION = """Train from a recipe: python -m lightning_hinm fit --config recipes/NAME.yaml.
-Pack what was trained: python -m lightning_hinm export --ckpt X --out Y."""
+Pack what was trained: python -m lightning_hinm export --ckpt X --out Y.
+Measure the GPU, so that kernels are chosen by its own figures: python -m lightning_hinm tune."""
 
 # The scaffolding of jsonargparse's messages; what is left are the keys on the way to a mistake, and the mistake.
 SCAFFOLDING = re.compile(
@@ -136,9 +141,24 @@ def export(args: list[str]) -> None:
         parser.exit(2, f"error: {error}\n")
 
 
+def tune(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m lightning_hinm tune", description="Measure what bounds the GPU kernels."
+    )
+    parser.add_argument("--device", default="cuda", help="a CUDA device, e.g. cuda:1")
+    device = torch.device(parser.parse_args(args).device)
+    if reason := refusal(device):
+        parser.exit(2, f"error: {reason}.\n")
+    found = measure_gpu(device)
+    path = save_gpu(found, torch.cuda.get_device_name(device))
+    sys.stdout.write(f"{found}\n{path or 'Not kept: LIGHTNING_HINM_GPUS is off.'}\n")
+
+
 def main() -> None:
     if sys.argv[1:2] == ["export"]:
         export(sys.argv[2:])
+    elif sys.argv[1:2] == ["tune"]:
+        tune(sys.argv[2:])
     elif any(find_spec(name) is None for name in ("jsonargparse", "docstring_parser", "typeshed_client")):
         sys.exit("error: recipes need jsonargparse. Install it with: pip install 'lightning-hinm[cli]'")
     else:

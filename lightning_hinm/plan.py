@@ -4,17 +4,20 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hinm.format import HiNMWeight, pack
-from lightning_hinm.ops import hinm_conv2d, hinm_linear
+from lightning_hinm import kernels
+from lightning_hinm.format import HiNMWeight, pack, random_weight
+from lightning_hinm.ops import cost, expand_all, expanded_bytes, hinm_conv2d, hinm_linear
+from lightning_hinm.ops.cost import Choice
+from lightning_hinm.ops.fragments import refusal
 from lightning_hinm.pattern import HiNMPattern, layer_kind, plain_name
 from lightning_hinm.prune import PrunableLayer, layout_of
 
@@ -55,12 +58,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Decision:
-    """``path`` is ``"sparse"`` or ``"dense"``; the times are of one call, in seconds."""
+    """``path`` is ``"sparse"`` or ``"dense"``; the times are of one call, in seconds, measured in isolation.
+
+    On a GPU ``predicted`` has, by path, the kernel, the roof that should bind it, and the time that follows from it.
+    """
 
     path: str
     reason: str
     dense_seconds: float
     sparse_seconds: float
+    predicted: Mapping[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,20 @@ class LayerPlan:
     measured_seconds: float | None = None
 
     @property
+    def kernel(self) -> str | None:
+        """The GPU kernel that runs it, and the roof that should bind it; None where none does."""
+        if self.decision is None or self.path not in self.decision.predicted:
+            return None
+        choice = self.decision.predicted[self.path]
+        return f"{choice.kernel} ({choice.roof})"
+
+    @property
     def predicted_seconds(self) -> float | None:
-        """Time of one call on the chosen path, measured in isolation on random numbers."""
+        """Time of one call on the chosen path: from the roofs of a GPU, or measured in isolation on random numbers."""
         if self.decision is None:
             return None
+        if self.path in self.decision.predicted:
+            return self.decision.predicted[self.path].seconds
         return self.decision.sparse_seconds if self.path == "sparse" else self.decision.dense_seconds
 
 
@@ -93,16 +110,16 @@ class ModelPlan:
     layers: tuple[LayerPlan, ...]
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "shape", "path", "bytes before", "after", "predicted", "measured", "why")]
+        rows = [("layer", "kind", "shape", "path", "kernel", "bytes before", "after", "predicted", "measured", "why")]
         for layer in self.layers:
             times = (_milliseconds(layer.predicted_seconds), _milliseconds(layer.measured_seconds))
             shape = "x".join(map(str, layer.shape))
             memory = (f"{layer.dense_bytes:,}", f"{layer.bytes:,}")
-            rows.append((layer.name, layer.kind, shape, layer.path, *memory, *times, layer.reason))
+            rows.append((layer.name, layer.kind, shape, layer.path, layer.kernel or "-", *memory, *times, layer.reason))
         before, after = sum(layer.dense_bytes for layer in self.layers), sum(layer.bytes for layer in self.layers)
-        rows.append(("total", "", "", "", f"{before:,}", f"{after:,}", "", "", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(8)]
-        return "\n".join("  ".join((*map(str.ljust, row, widths), row[8])).rstrip() for row in rows)
+        rows.append(("total", "", "", "", "", f"{before:,}", f"{after:,}", "", "", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(9)]
+        return "\n".join("  ".join((*map(str.ljust, row, widths), row[9])).rstrip() for row in rows)
 
 
 def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
@@ -154,8 +171,7 @@ def _explain_layer(
         reason = str(error).removeprefix(f"{name}: ")
         return LayerPlan(name, kind, shape, layout.pattern, "dense", reason, dense_bytes, dense_bytes, None, measured)
     decision = decide(workload_of(module, input_shape))
-    expansion = packed.vector_index.numel() * (layout.pattern.vector_size * weight.element_size() + 8) + 8 * shape[0]
-    held = packed.nbytes + expansion if decision.path == "sparse" else dense_bytes
+    held = packed.nbytes + expanded_bytes(packed) if decision.path == "sparse" else dense_bytes
     return LayerPlan(
         name, kind, shape, layout.pattern, decision.path, decision.reason, dense_bytes, held, decision, measured
     )
@@ -195,7 +211,27 @@ def decide(workload: Workload) -> Decision:
     path = "sparse" if sparse < MARGIN * dense else "dense"
     size = "x".join(map(str, workload.input_shape))
     reason = f"sparse {sparse * 1e3:.3f} ms, dense {dense * 1e3:.3f} ms on {size}"
-    return Decision(path, reason, dense, sparse)
+    return Decision(path, reason, dense, sparse, predict(workload))
+
+
+def predict(workload: Workload) -> dict[str, Choice]:
+    """By path, the kernel on a GPU, its roof and the time that follows; empty where no kernel runs the layer."""
+    shape, device, pattern = workload.shape, workload.device, workload.pattern
+    if kernels.refusal(device) or refusal(pattern, math.prod(shape[1:]), workload.dtype):
+        return {}
+    gpu = cost.gpu_of(device)
+    if len(shape) == 2:
+        call = cost.Call(pattern, *shape, math.prod(workload.input_shape[:-1]))
+    else:
+        *_, height, width = workload.input_shape
+        spatial = zip((height, width), shape[2:], workload.stride, workload.padding, workload.dilation, strict=True)
+        out = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in spatial]
+        images = math.prod(workload.input_shape[:-3])
+        direct = (*shape[2:], *workload.stride) == (1, 1, 1, 1) and not any(workload.padding)
+        planes = 0 if direct else 2 * shape[3] * math.prod(workload.input_shape) // workload.stride[1]
+        call = cost.Call(pattern, shape[0], math.prod(shape[1:]), images * math.prod(out), planes=planes)
+    choice = cost.choose_kernel(call, kernels.shared_limit(device), gpu)
+    return {} if choice is None else {"sparse": choice, "dense": cost.predict_dense(call, gpu)}
 
 
 @functools.cache
@@ -216,26 +252,23 @@ def measure(workload: Workload) -> tuple[float, float]:
 
 def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """The dense and the sparse call on random numbers; no global seed is read or set."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(workload.device).manual_seed(0)
 
     def numbers(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(workload.device, workload.dtype)
+        return torch.randn(*size, generator=generator, device=workload.device).to(workload.dtype)
 
     shape, pattern, groups = workload.shape, workload.pattern, workload.groups
-    rows, in_features = shape[0], math.prod(shape[1:])
-    tiles, kept = -(-rows // pattern.vector_size), pattern.kept(in_features)
-    x, weight, bias = numbers(*workload.input_shape), numbers(*shape), numbers(rows)
-    index = torch.rand(tiles, pattern.padded(in_features), generator=generator).argsort(dim=1)[:, :kept]
-    index, order = index.to(workload.device), torch.randperm(rows, generator=generator).to(workload.device)
-    # With an expansion the op reads neither values nor metadata.
-    indices = (index.clamp(max=in_features - 1).flatten(), order)
-    packed = (weight, weight, index, order, bias, numbers(tiles, pattern.vector_size, kept), None, *indices)
-    last = pattern.fields
+    x, weight, bias = numbers(*workload.input_shape), numbers(*shape), numbers(shape[0])
+    packed = random_weight(shape, pattern, workload.dtype, generator, groups=groups)
+    operands = (*packed.tensors.values(), bias, *expand_all(packed, groups=groups).values())
     if len(shape) == 2:
-        return (lambda: F.linear(x, weight, bias)), (lambda: hinm_linear(x, *packed, in_features, *last))
+        return (lambda: F.linear(x, weight, bias)), (lambda: hinm_linear(x, *operands, shape[1], *pattern.fields))
     spatial = (workload.stride, workload.padding, workload.dilation)
-    numbers_of_op = (shape[1] * groups, *shape[2:], *(size for pair in spatial for size in pair), groups, *last)
-    return (lambda: F.conv2d(x, weight, bias, *spatial, groups)), (lambda: hinm_conv2d(x, *packed, *numbers_of_op))
+    geometry = (shape[1] * groups, *shape[2:], *(size for pair in spatial for size in pair), groups)
+    return (
+        lambda: F.conv2d(x, weight, bias, *spatial, groups),
+        lambda: hinm_conv2d(x, *operands, *geometry, *pattern.fields),
+    )
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

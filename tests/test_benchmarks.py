@@ -1,9 +1,16 @@
 """The scripts behind the published numbers, on networks small enough to run here."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +18,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import cpu, demo, search
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import correctness, goals, rates, record, sanitizer, speed, steps
+from benchmarks.gpu.cases import LLAMA, Case, Conv2d, Linear, all_cases, default_cases
+from benchmarks.gpu.clock import PASS, Clock, Machine, eager_pass
+from benchmarks.gpu.plot import work_of
+from benchmarks.gpu.weights import random_fragments
 from benchmarks.prototype import prototype
 from benchmarks.timing import alternate
-from lightning_hinm import HiNMPattern, gyro_permute, hinm_mask
+from lightning_hinm import HiNMPattern, gyro_permute, hinm_mask, kernels, unpack
+from lightning_hinm.format import check_packed, random_weight
 from lightning_hinm.layout import check_layout
 from lightning_hinm.mask import retained
 from recipes.classifier import Classifier
+from tests.ptx.device import emulated
+from tests.test_fragments import PATTERNS, read_back
 
 
 class TinyClassifier(Classifier):
@@ -154,3 +170,374 @@ def test_the_search_benchmark_writes_every_part_and_draws_the_plot(
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+# ----------------------------------------------------------------------------------------------------------- GPU
+
+CPU = torch.device("cpu")
+TOY = Case(Linear("Llama-7B toy", 32, 64), 8, HiNMPattern(32))
+TOY_CONV = Case(Conv2d("ResNet-50", 8, 32, 3, 4, batch=1), 16, HiNMPattern(32, window=None))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("shape", [(32, 64), (70, 150), (300, 37)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_random_fragments_hold_a_weight_that_obeys_its_pattern(
+    pattern: HiNMPattern, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    packed = random_weight(shape, pattern, dtype, seeded())
+    check_packed(packed)
+    dense = unpack(packed)
+    assert torch.equal(read_back(random_fragments(*shape, pattern, dtype, seeded()), shape), dense)
+    assert dense.count_nonzero() > 0.9 * shape[0] * pattern.kept(shape[1]) / 2 - 2 * shape[0]
+
+
+def test_random_weights_of_one_seed_differ_in_their_orders_alone() -> None:
+    shape, pattern = (70, 152), HiNMPattern(64, window=32)
+    base = random_weight(shape, pattern, torch.float16, seeded())
+    plain = random_weight(shape, pattern, torch.float16, seeded(), permuted=False, restored=False)
+    assert torch.equal(base.values, plain.values)
+    assert torch.equal(base.metadata, plain.metadata)
+    assert plain.output_order.tolist() == list(range(70))
+    assert base.output_order.tolist() != plain.output_order.tolist()
+    columns, ascending = base.layout.vector_index, plain.layout.vector_index
+    assert not torch.equal(columns, ascending)
+    assert torch.equal(columns.sort(dim=1).values, ascending)
+
+
+def test_a_grouped_convolution_keeps_its_random_rows_in_their_groups() -> None:
+    check_packed(random_weight((64, 3, 3, 3), HiNMPattern(32), torch.float16, seeded(), groups=2), groups=2)
+
+
+def test_the_default_cases_are_those_of_the_goals_first_and_lead_the_whole_grid() -> None:
+    cases, everything = default_cases(), all_cases()
+    assert everything[: len(cases)] == cases
+    assert len(set(everything)) == len(everything) > 1000 > 2 * len(cases)
+    assert {case.layer for case in cases[:12]} == set(LLAMA)
+    assert {case.tokens for case in cases[:28]} == {1, 16, 4096, 8192}
+    assert {case.pattern.sparsity for case in cases[:28]} == {0.75, 0.875}
+    assert {8 * 56 * 56 * 4, 32 * 28 * 28} <= {case.tokens for case in cases if isinstance(case.layer, Conv2d)}
+
+
+TINY_TABLE = correctness.Table(
+    [correctness.Matrix(HiNMPattern(32, window=8), 40, 40, (9,))],
+    [correctness.Image(HiNMPattern(32), 4, 32, (3, 3), (3, 4), padding=(1, 1))],
+    [correctness.Matrix(HiNMPattern(32), 32, 20, (2,))],
+)
+
+
+def test_the_correctness_step_runs_every_kernel_that_takes_a_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(correctness, "_forms", lambda x: {"rows 3 apart": torch.nn.functional.pad(x, (0, 3))[:, :-3]})
+    found = record.Record(tmp_path / "gpu.json")
+    with emulated():
+        assert steps.check(found, CPU, TINY_TABLE, print)
+    written = json.loads((tmp_path / "gpu.json").read_text())["correctness"]
+    assert not written["wrong"] + written["failed"]
+    assert set(written["worst"]) == {"float16", "bfloat16"}
+    assert all(0 < error < 5e-3 for error in written["worst"].values())
+    names = {"decode_f16_8", "decode_f16_16", "windowed_bf16_32_64", "windowed_bf16_32_128", "gather_f16_32"}
+    assert names | {"transpose", "planes"} <= set(written["launched"])
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (8, 7), (1, 8), (3, 1)], ids=str)
+def test_inputs_of_every_form_hold_the_same_numbers(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=seeded()).half()
+    forms = correctness._forms(x)
+    assert forms.pop("one row for all").equal(x[:1].repeat(shape[0], 1))
+    assert all(form.equal(x) for form in forms.values())
+    if min(shape) > 1:
+        assert len({(form.stride(), form.data_ptr() % 16) for form in forms.values()}) == len(forms)
+
+
+def test_the_correctness_step_fails_on_an_output_that_was_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    matrix = dataclasses.replace(TINY_TABLE.matrices[0], tokens=(3,))
+    with emulated():
+        monkeypatch.setattr(kernels, "launch", lambda *_: None)
+        assert not steps.sanitize(CPU, correctness.Table([matrix], [], [], complete=True), said.append)
+        assert kernels.launch.__name__ == "<lambda>"
+    assert "decode_8, none, restored: relative error inf" in said[0]
+    assert any("the table did not reach" in line for line in said)
+
+
+def test_every_entry_that_a_choice_launches_is_in_the_manifest() -> None:
+    entries = {entry for entry in kernels.entries() if entry not in ("transpose", "planes")}
+    named = set()
+    with emulated():
+        checker = correctness.Checker(CPU, CPU)
+        for matrix in correctness.FULL.matrices:
+            for choice in [choice for n in matrix.tokens for choice in checker._choices(matrix, n)]:
+                named |= {correctness.entry_of(choice, matrix.pattern, dtype) for dtype in correctness.TOLERANCES}
+    assert named == entries
+
+
+def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    found = record.Record(tmp_path / "gpu.json")
+    found.put("facts", record.facts(CPU))
+    monkeypatch.setattr(speed, "VARIANTS", speed.VARIANTS[:2])
+    with emulated():
+        machine, clock = dataclasses.replace(Machine.of(CPU), l2=1), Clock(CPU, least_rounds=1)
+        assert steps.measure(found, machine, clock, print, scale=1000)
+        assert steps.compare(found, machine, clock, [TOY, TOY_CONV], 60.0, print, case_seconds=0.0)
+    gpu.conclude(found, None)
+    written = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert written == json.loads((tmp_path / "gpu.json").read_text())
+    assert written["not_run"] == []
+    assert written["row"]["measured"]
+    assert re.fullmatch(r'\(0, 0\): Gpu\("H100", ([\d.e+-]+, )+measured=True\),', written["row"]["python"])
+    linear, conv = written["cases"]
+    times = {(entry["path"], entry["input"], entry["output"]): entry for entry in linear["times"]}
+    assert times["decode_8", "row", "restored"]["seconds"] > 0
+    assert times["decode_8", "row", "tile"]["error"] < 1e-2
+    assert times["gather_128", "feature", "restored"]["predicted"] > 0
+    assert "failed" in times["cusparselt", "row", "restored"]
+    assert linear["chosen"]["row"].startswith("decode")
+    assert linear["decided"]["path"] in ("dense", "sparse")
+    assert linear["predicted_dense"] > 0 < conv["predicted"]["sparse"]
+    assert {entry["path"] for entry in conv["times"]} == {"dense", "op"}
+    assert any(goal["text"] == "decode, Llama" and not goal["reached"] for goal in written["goals"])
+    assert (tmp_path / "out" / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "MISSED" in capsys.readouterr().out
+
+
+def test_a_kernel_with_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = record.Record(tmp_path / "gpu.json")
+    with emulated():
+        machine, clock = dataclasses.replace(Machine.of(CPU), l2=1), Clock(CPU, least_rounds=1)
+        monkeypatch.setattr(kernels, "launch", lambda *_: None)
+        assert not steps.compare(found, machine, clock, [TOY], 60.0, print, case_seconds=0.0)
+    (case,) = found.data["cases"]
+    failed = {entry["path"] for entry in case["times"] if "wrong result" in entry.get("failed", "")}
+    assert {"decode_8", "windowed_64", "gather_128", "bare"} <= failed
+    assert not any("seconds" in entry for entry in case["times"] if entry["path"] in failed)
+
+
+def test_cases_beyond_the_time_are_listed_and_five_failures_in_a_row_end_it() -> None:
+    class Broken:
+        rivals = type("Rivals", (), {"last": None})
+
+        def run(self, case: Case) -> dict[str, Any]:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    kept: list[dict[str, Any]] = []
+    cases = [TOY] * 8
+    broken: Any = Broken()
+    assert len(speed.run_cases(cases, broken, 60.0, kept.append, print)) == 3
+    assert all("illegal memory access" in case["failed"] for case in kept)
+    assert speed.run_cases(cases, broken, -1.0, kept.append, print) == cases
+
+
+class FakeGraph:
+    """What a capture and a replay do on a GPU, as far as a clock can see it."""
+
+    def capture_begin(self, pool: Any) -> None: ...
+    def capture_end(self) -> None: ...
+    def replay(self) -> None: ...
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool) -> None: ...
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return 12.0
+
+
+def test_on_a_gpu_a_pass_is_captured_once_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, *_: Any) -> None: ...
+        def wait_stream(self, other: "Stream") -> None: ...
+        def synchronize(self) -> None: ...
+
+    fakes = {"Stream": Stream, "default_stream": Stream, "CUDAGraph": FakeGraph, "Event": FakeEvent}
+    for name, fake in {**fakes, "_sleep": lambda cycles: None, "stream": contextlib.nullcontext,
+                       "graph_pool_handle": object, "empty_cache": lambda: None}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock, calls = Clock(torch.device("cuda", 0)), []
+    one = clock.capture([lambda: calls.append(0)] * 3, expected=PASS / 10)
+    assert one.calls == 12
+    assert len(calls) == 1 + 12
+    times = clock.in_turn({"a": one}, 0.0)
+    assert len(calls) == 1 + 12
+    assert times["a"].seconds == pytest.approx(0.012 / 12)
+    assert times["a"].rounds == 5
+    first = clock.pool
+
+    def fails() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        clock.capture([fails])
+    assert clock.pool is first  # it failed before its capture began
+    calls.clear()
+    with pytest.raises(RuntimeError, match="not permitted"):
+        clock.capture([lambda: fails() if calls else calls.append(0)])
+    assert clock.pool is not first
+
+
+def test_calls_of_a_host_are_timed_in_turn() -> None:
+    order: list[str] = []
+    passes = {name: eager_pass([lambda name=name: order.append(name)] * 2) for name in "ab"}
+    times = Clock(CPU, least_rounds=2).in_turn(passes, 0.0, eager=True)
+    assert "".join(order) == "aabb" * 3
+    assert times["a"].low <= times["a"].seconds <= times["a"].high
+
+
+def test_a_record_is_whole_at_any_time_and_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    one = record.Record(tmp_path / "new" / "gpu.json")
+    one.put("facts", {"gpu": "toy"})
+    one.add("cases", {"case": 1})
+    record.Record(one.path).add("cases", {"case": 2})
+    assert json.loads(one.path.read_text()) == {"facts": {"gpu": "toy"}, "cases": [{"case": 1}, {"case": 2}]}
+    assert [path.name for path in one.path.parent.iterdir()] == ["gpu.json"]
+    assert record.Record(one.path, fresh=True).data == {}
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        one.put("facts", {})
+    assert len(record.Record(one.path).data["cases"]) == 2
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-S", "-c", program]
+
+
+def test_a_step_ends_with_its_process_and_never_later_than_its_limit() -> None:
+    passed = gpu.run_process("rates", python("print('fine')"), 60.0)
+    assert (passed.outcome, passed.said) == ("passed", "")
+    failed = gpu.run_process("rates", python("import sys; print('first'); sys.exit('the kernel is gone')"), 60.0)
+    assert failed.outcome == "failed"
+    assert failed.said == "exit code 1\nfirst\nthe kernel is gone\n"
+    sleeper = "import subprocess, time; subprocess.Popen(['sleep', '60']); print('hangs', flush=True); time.sleep(60)"
+    late = gpu.run_process("rates", python(sleeper), 0.5)
+    assert late.outcome == "failed"
+    assert late.said == "no end after 0 s\nhangs\n"
+    assert late.seconds < 30
+
+
+@pytest.mark.parametrize("wrong", [[], ["decode_8: relative error inf"]], ids=["right", "wrong"])
+def test_a_failed_step_stops_no_other_but_wrong_results_stop_the_timings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: list[str]
+) -> None:
+    ran = []
+
+    def run_process(step: str, command: list[str], limit: float, environment: Any = None) -> gpu.Outcome:
+        ran.append(step)
+        if step == "correctness":
+            record.Record(tmp_path / "gpu.json").put("correctness", {"wrong": wrong})
+        if step == "speed":
+            assert 40 < float(command[command.index("--seconds") + 1]) < limit
+        return gpu.Outcome(step, "failed", 1.0, "exit code 1\n")
+
+    monkeypatch.setattr(gpu, "run_process", run_process)
+    monkeypatch.setattr(sanitizer, "find_tool", lambda: None if wrong else Path("compute-sanitizer"))
+    outcomes = gpu.run_steps(record.Record(tmp_path / "gpu.json"), 100.0)
+    expected = ["correctness", "rates"] if wrong else ["correctness", "memcheck", "racecheck", "rates", "speed"]
+    assert ran == expected
+    assert [outcome.step for outcome in outcomes] == ["correctness", "memcheck", "racecheck", "rates", "speed"]
+    written = {step["step"]: step for step in json.loads((tmp_path / "gpu.json").read_text())["steps"]}
+    assert written["speed"]["outcome"] == ("skipped" if wrong else "failed")
+    assert ("is not installed" in written["racecheck"]["said"]) == bool(wrong)
+
+
+CLEAN = "========= ERROR SUMMARY: 0 errors"
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "wrong"),
+    [
+        (0, CLEAN, None),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", None),
+        (86, "========= ERROR SUMMARY: 3 errors", "it found errors: SUMMARY: 3 errors"),
+        (0, "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "it found errors"),
+        (1, CLEAN, "exit code 1"),
+        (0, "Device not supported", "no summary"),
+        (None, "", "did not end in time"),
+    ],
+)
+def test_a_sanitizer_that_did_not_check_is_no_clean_bill(code: int | None, said: str, wrong: str | None) -> None:
+    found = sanitizer.verdict(code, f"{said}\n")
+    assert found is None if wrong is None else wrong in str(found)
+
+
+def test_the_sanitizer_is_found_where_cuda_home_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "bin" / sanitizer.NAME
+    tool.parent.mkdir()
+    tool.touch(mode=0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert sanitizer.find_tool() == tool
+    assert sanitizer.command(tool, "racecheck", ["python3"])[1:3] == ["--tool", "racecheck"]
+
+
+def synthetic_case(case: Case, dense: float, sparse: float, rival: float) -> dict[str, Any]:
+    """A record in which every predicted time is the true one."""
+    entries = [("dense", "row", dense), ("dense", "feature", dense), ("cusparselt", "row", rival)]
+    entries += [("decode_8", "row", sparse), ("decode_16", "row", 2 * sparse), ("gather_128", "feature", sparse)]
+    variant = {"output": "restored", "index": "permuted"}
+    return {
+        "case": str(case), "layer": str(case.layer), "kind": "linear", "rows": case.layer.rows,
+        "columns": case.layer.columns, "tokens": case.tokens, "vector_size": case.pattern.vector_size,
+        "sparsity": case.pattern.sparsity, "window": case.pattern.window,
+        "chosen": {"row": "decode_8", "feature": "gather_128"}, "predicted": {"row": sparse, "feature": sparse},
+        "predicted_dense": dense, "remeasured": {"dense": dense, "decode_8": sparse, "decode_16": sparse / 2},
+        "times": [{"path": path, "input": storage, **variant, "seconds": each} for path, storage, each in entries],
+    }  # fmt: skip
+
+
+def test_goals_are_judged_by_the_planners_kernel_and_the_faster_dense_product() -> None:
+    decode, many = (next(case for case in default_cases() if case.tokens == n) for n in (1, 4096))
+    cases = [synthetic_case(decode, 25e-6, 10e-6, 12e-6), synthetic_case(many, 32e-5, 20e-5, 10e-5)]
+    found = {(goal.text, goal.case): goal for goal in goals.goals_of(cases)}
+    assert found["decode, Llama", str(decode)].reached
+    assert found["many tokens, row-major", str(many)].found == pytest.approx(1.6)
+    assert found["many tokens, feature-major", str(many)].reached
+    assert found["chosen, so not slower than dense, row-major", str(many)].reached
+    assert not found["chosen, so ahead of cuSPARSELt, row-major", str(many)].reached
+    table = goals.table_of({"cases": cases})
+    assert "reached   2.50x of 2.5x  decode, Llama" in table
+    assert "MISSED   1 of 2  chosen, so ahead of cuSPARSELt, row-major\n            0.50x Llama-7B up" in table
+    assert "planner, as it is: the fastest kernel in 2 of 2" in table
+    assert "with this machine's figures: the fastest kernel in 0 of 2; at worst 2.00 times slower" in table
+    slow = synthetic_case(decode, 10e-6, 20e-6, 30e-6)
+    assert not [goal for goal in goals.goals_of([slow]) if goal.text.startswith("chosen")]
+
+
+def test_a_plot_needs_no_gpu_and_no_more_than_a_json(tmp_path: Path) -> None:
+    cases = [synthetic_case(case, 25e-6, 10e-6, 12e-6) for case in default_cases() if isinstance(case.layer, Linear)]
+    (tmp_path / "gpu.json").write_text(json.dumps({"facts": {"gpu": "toy"}, "cases": cases[:40]}))
+    assert gpu.main(["--plot", str(tmp_path / "gpu.json")]) == 0
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_work_of_a_layer_is_that_of_its_non_zeros() -> None:
+    case = synthetic_case(Case(LLAMA[2], 1, HiNMPattern.from_sparsity(0.75, 64)), 1.0, 1.0, 1.0)
+    flop, nbytes = work_of(case)
+    assert flop == 2 * 4096 * 4096 / 4
+    assert nbytes == pytest.approx(4096 * 4096 / 4 * 2 * 9 / 8 + 64 * 2048 * 2 + 2 * 8192)
+
+
+def test_without_a_gpu_the_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert gpu.main([]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_120"])
+def test_the_probe_compiles(architecture: str, tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not here")
+    flags = ["-ptx", "-std=c++17", f"-arch={architecture}", *(["-DORDERED"] if architecture == "sm_120" else [])]
+    command = ["nvcc", *flags, "-o", str(tmp_path / "probe.ptx"), str(rates.PROBE)]
+    subprocess.run(command, check=True, capture_output=True)
+    expected = "mma.sp::ordered_metadata" if architecture == "sm_120" else "mma.sp.sync"
+    assert expected in (tmp_path / "probe.ptx").read_text()

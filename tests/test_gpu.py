@@ -1,5 +1,6 @@
 """The ops on the shipped kernels: in an interpreter of PTX, and on a GPU where there is one."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, kernels, pack, unpack
+from lightning_hinm import HiNMLayout, HiNMPattern, explain, hinm_mask, kernels, pack, prune, to_hinm, unpack
 from lightning_hinm.format import HiNMWeight
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import cost, expand_all
 from lightning_hinm.ops.cost import Call, Choice
 from lightning_hinm.ops.operands import ACTIVATIONS, activate
+from lightning_hinm.plan import Workload, measure
 from tests.ptx import Fault
 from tests.ptx.device import Emulator, emulated, relative_error
 from tests.ptx.mutate import MISTAKES, entry_text, mutants
@@ -311,6 +313,90 @@ def test_a_fused_activation_has_no_gradient_and_says_so() -> None:
     x = numbers(3, 64, dtype=torch.float16).requires_grad_()
     with emulated(), pytest.raises(NotImplementedError, match="activation='relu' is fused for inference only"):
         run_linear(packed, x, None, "relu")
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def pruned_model() -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(4, 64, 3, padding=1), nn.ReLU(), nn.Flatten(2), nn.Linear(64, 96), nn.Linear(96, 64)
+    )
+    prune(model, HiNMPattern(32, 0.5), method="identity")
+    return model.to(torch.float16).eval()
+
+
+def test_a_converted_model_runs_on_the_kernels() -> None:
+    model, x = pruned_model(), numbers(2, 4, 8, 8, dtype=torch.float16)
+    with emulated() as emulator, torch.inference_mode():
+        found = to_hinm(model)(x)
+    assert [name for name in emulator.launched if not name.startswith("transpose")] == [
+        "planes", "gather_f16_32", *["windowed_f16_32_128"] * 2
+    ]  # fmt: skip
+    with torch.inference_mode():
+        assert relative_error(found, model.double()(x.double())) < 2e-3
+
+
+def test_a_compiled_model_runs_on_the_kernels() -> None:
+    model, x = pruned_model(), numbers(2, 4, 8, 8, dtype=torch.float16)
+    with emulated() as emulator, torch.inference_mode():
+        compiled = torch.compile(model, backend="hinm", fullgraph=True, options={"plan": "sparse", "inner": "eager"})
+        found = compiled(x)
+    assert len([name for name in emulator.launched if name != "transpose"]) == 4
+    with torch.inference_mode():
+        assert relative_error(found, model.double()(x.double())) < 2e-3
+
+
+def test_a_layer_decodes_its_weight_anew_for_another_dtype() -> None:
+    with emulated():
+        layer = to_hinm(pruned_model())[3]  # type: ignore[index]
+        assert layer.expansion_metadata is not None
+        before = layer.expansion
+        assert layer.cpu().expansion is before, "nothing changed"
+        assert layer.float().expansion_metadata is None
+        assert layer.expansion.dtype == torch.float32
+        assert layer.half().expansion_metadata is not None
+        assert torch.equal(layer.expansion, before)
+        assert layer.bfloat16().expansion.dtype == torch.bfloat16
+    assert not any("expansion" in name for name in layer.state_dict())
+
+
+def test_a_state_dict_and_a_copy_bring_their_fragments() -> None:
+    with emulated():
+        one, other = to_hinm(pruned_model()), to_hinm(pruned_model())
+        other.load_state_dict(one.state_dict())
+        assert torch.equal(other[3].expansion, one[3].expansion)  # type: ignore[index,union-attr]
+        assert torch.equal(copy.deepcopy(one)[3].columns, one[3].columns)  # type: ignore[index,union-attr]
+
+
+def test_explain_names_the_kernel_and_the_roof_that_binds() -> None:
+    model, x = pruned_model(), numbers(2, 4, 8, 8, dtype=torch.float16)
+    with emulated(), mock.patch("lightning_hinm.plan.measure", return_value=(2.0, 1.0)):
+        plan = explain(to_hinm(model), x)
+        dense = explain(model)
+    conv, linear, _ = plan.layers
+    assert (conv.kernel, linear.kernel) == ("gather (launch)", "windowed (launch)")
+    assert conv.predicted_seconds == 2 * linear.predicted_seconds  # type: ignore[operator]
+    assert linear.measured_seconds is not None
+    assert "windowed (launch)" in str(plan)
+    for layer, packed in zip(dense.layers, plan.layers, strict=True):
+        assert layer.path == "sparse"
+        assert layer.bytes == packed.bytes, "predicted without packing"
+
+
+def test_explain_predicts_the_dense_path_where_that_is_chosen() -> None:
+    with emulated(), mock.patch("lightning_hinm.plan.measure", return_value=(1.0, 1.0)):
+        layer = explain(pruned_model()).layers[1]
+    assert (layer.path, layer.kernel) == ("dense", "BLAS (launch)")
+
+
+def test_layers_are_timed_on_their_kernels() -> None:
+    workload = Workload((64, 64), HiNMPattern(32, 0.5), (3, 64), torch.float16, torch.device("cpu"))
+    with emulated() as emulator:
+        measure.cache_clear()
+        assert all(seconds > 0 for seconds in measure(workload))
+        measure.cache_clear()
+    assert set(emulator.launched) == {"decode_f16_8"}
 
 
 # ---------------------------------------------------------------- the checks can fail

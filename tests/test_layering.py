@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
         "pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune",
         "ops", "modules", "plan", "store", "passes", "backend", "callback", "metrics",
     },
-    "__main__": {"format"},
+    "__main__": {"format", "kernels", "ops"},
     # core
     "pattern": set(),
     "layout": {"pattern"},

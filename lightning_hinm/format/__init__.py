@@ -20,6 +20,7 @@ from lightning_hinm.format.packing import (
     unpack_positions,
 )
 from lightning_hinm.format.record import LayerRecord, weight_key
+from lightning_hinm.format.synthetic import random_weight
 
 __all__ = [
     "FileContents",
@@ -35,6 +36,7 @@ __all__ = [
     "load_layouts",
     "pack",
     "pack_bits",
+    "random_weight",
     "read_contents",
     "read_header",
     "read_layer_state",

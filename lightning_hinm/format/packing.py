@@ -112,7 +112,7 @@ def pack(weight: Tensor, layout: HiNMLayout, *, groups: int = 1, name: str = "we
         taken = torch.where(filled, seen <= n, place - seen <= n - seen[..., -1:])
         where = taken.flatten().nonzero().flatten()
         values.append(kept.flatten()[where].unflatten(0, (len(block_rows), -1)))
-        metadata.append(_pack_positions((where % m).unflatten(0, (len(block_rows), -1)), m))
+        metadata.append(pack_positions((where % m).unflatten(0, (len(block_rows), -1)), m))
     packed = HiNMWeight(
         torch.cat(values),
         torch.cat(metadata) if metadata else torch.empty(rows, 0, dtype=torch.uint8, device=matrix.device),
@@ -183,7 +183,7 @@ def position_bits(pattern: HiNMPattern) -> int:
     return 0 if pattern.n == pattern.m else (pattern.m - 1).bit_length()
 
 
-def _pack_positions(positions: Tensor, m: int) -> Tensor:
+def pack_positions(positions: Tensor, m: int) -> Tensor:
     """``[rows, K]`` numbers below ``m`` -> uint8 ``[rows, bytes]``."""
     shifts = torch.arange((m - 1).bit_length(), device=positions.device)
     return pack_bits((positions.unsqueeze(2) >> shifts & 1).bool().flatten(1))

@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 from lightning_hinm.ops import gpu, product
-from lightning_hinm.ops.operands import EXPANDED, TENSORS, Conv2dOperands, LinearOperands, cast, expand_all
+from lightning_hinm.ops.operands import (
+    EXPANDED,
+    TENSORS,
+    Conv2dOperands,
+    LinearOperands,
+    cast,
+    expand_all,
+    expanded_bytes,
+)
 
-__all__ = ["EXPANDED", "expand_all", "hinm_conv2d", "hinm_linear"]
+__all__ = ["EXPANDED", "expand_all", "expanded_bytes", "hinm_conv2d", "hinm_linear"]
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
 _TENSORS = (

@@ -5,65 +5,42 @@ Shapes: O rows, I columns, N tokens, T tiles of V rows, K kept vectors of a tile
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-
-from lightning_hinm.ops.fragments import STEP, STEPS, kept_of_runs, tile_rows
+from lightning_hinm.ops.figures import Gpu, gpu_of
+from lightning_hinm.ops.fragments import padded_kept, tile_rows
 from lightning_hinm.pattern import HiNMPattern
+
+__all__ = ["Call", "Choice", "Gpu", "choose_kernel", "gpu_of", "list_kernels", "predict_dense"]
 
 DECODE_TOKENS = 32  # beyond, the weight would be read more than twice
 DECODE_ROWS, WINDOWED_ROWS, GATHER_TOKENS = 32, 256, 128
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What bounds a kernel.
-
-    Args:
-        name: for messages.
-        memory: bytes a second from its memory.
-        l2: bytes a second from its L2 cache to all multiprocessors.
-        sparse: FLOP a second of ``mma.sp``, counted on non-zeros.
-        dense: FLOP a second of its BLAS.
-        multiprocessors: how many blocks run at once, if each has one to itself.
-        launch: seconds that a kernel takes at least.
-        measured: whether these were measured, or are estimates from data sheets.
-    """
-
-    name: str
-    memory: float
-    l2: float
-    sparse: float
-    dense: float
-    multiprocessors: int
-    launch: float = 3e-6
-    measured: bool = False
-
-
-# By compute capability: a newer one that is missing takes the last before it. Estimates, none of them measured.
-GPUS = {
-    (8, 0): Gpu("A100", 1.4e12, 4.5e12, 300e12, 270e12, 108),
-    (8, 6): Gpu("RTX 30", 0.85e12, 2.2e12, 68e12, 68e12, 82),
-    (8, 9): Gpu("RTX 40", 0.9e12, 4.5e12, 150e12, 150e12, 128),
-    (9, 0): Gpu("H100", 3.0e12, 6.0e12, 440e12, 700e12, 132),
-    (10, 0): Gpu("B200", 7.0e12, 10e12, 440e12, 1600e12, 148),
-    (12, 0): Gpu("RTX 50", 1.5e12, 5.0e12, 200e12, 200e12, 170),
-}
 # Of the rate of mma.sp, what is left beside turning and gathering in shared memory: its clocks, counted.
 WINDOWED_RATE = 0.7
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a packed linear layer."""
+    """One call of a packed layer.
+
+    Args:
+        pattern: of the weight.
+        rows: of the weight.
+        in_features: columns of the weight, of one group in a grouped convolution.
+        tokens: of a linear layer; of a convolution, the pixels of all its output images.
+        feature_major: whether a linear layer's input lies so.
+        planes: of a convolution the bytes of its shifted planes, 0 where the images are read as they lie; None: linear.
+    """
 
     pattern: HiNMPattern
     rows: int
     in_features: int
     tokens: int
     feature_major: bool = False
+    planes: int | None = None
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens of a {self.rows}x{self.in_features} layer, {self.pattern}"
@@ -71,23 +48,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel, the tokens that one block takes, and the prediction: its seconds, and the roof that binds."""
+    """A kernel, the tokens and shared memory of a block, and the prediction: its seconds, and the roof that binds."""
 
     kernel: str
     tokens: int
     shared: int
     seconds: float
     roof: str
-
-
-def gpu_of(device: torch.device) -> Gpu:
-    """The figures of a CUDA device."""
-    return _gpu(torch.cuda.get_device_capability(device))
-
-
-@functools.cache
-def _gpu(capability: tuple[int, int]) -> Gpu:
-    return GPUS[max(known for known in GPUS if known <= max(capability, min(GPUS)))]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,55 +74,52 @@ def list_kernels(call: Call, shared_limit: int, gpu: Gpu) -> list[Choice]:
     return [choice for choice in _choices(call, gpu) if choice.shared <= shared_limit]
 
 
-def predict_dense(call: Call, gpu: Gpu) -> tuple[float, str]:
-    """Seconds of the dense layer, and its roof."""
+def predict_dense(call: Call, gpu: Gpu) -> Choice:
+    """The dense layer on the GPU's BLAS."""
     o, i, n = call.rows, call.in_features, call.tokens
-    return _tightest({"memory": 2 * (o * i + n * (i + o)) / gpu.memory, "tensor cores": 2 * o * i * n / gpu.dense}, gpu)
+    roofs = {"memory": 2 * (o * i + n * (i + o)) / gpu.memory, "tensor cores": 2 * o * i * n / gpu.dense}
+    return Choice("BLAS", 0, 0, *_tightest(roofs, gpu))
 
 
 def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
     pattern, n, columns = call.pattern, call.tokens, -(-call.in_features // ALIGNED) * ALIGNED
     height, runs = tile_rows(pattern), pattern.runs(call.in_features)
     rows = -(-call.rows // pattern.vector_size) * pattern.vector_size
-    kept = -(-sum(kept_of_runs(pattern, call.in_features)) // (STEP * STEPS)) * STEP * STEPS
+    kept = padded_kept(pattern, call.in_features)
     weight = rows * kept * 2 * 9 // 16 + rows // height * kept * 2  # half of the numbers, their metadata, the index
-    moved = weight + 2 * n * (call.in_features + call.rows)
 
-    def roofs(l2: float, tokens: int, blocks: int, rate: float = 1.0, memory: float = 0.0, launches: int = 1) -> Choice:
-        waves = -(-blocks // gpu.multiprocessors) / (blocks / gpu.multiprocessors) if blocks else 1.0
-        seconds, roof = _tightest(
-            {
-                "memory": (moved + memory) / gpu.memory,
-                "L2": l2 / gpu.l2 * waves,
-                "tensor cores": rows * kept * tokens / (rate * gpu.sparse) * waves,
-            },
-            gpu,
-        )
-        return Choice("", 0, 0, seconds + (launches - 1) * gpu.launch, roof)
+    def predict(tokens: int, high: int, shared: int, read: int, extra: tuple[int, int], rate: float = 1.0) -> Choice:
+        """For blocks of ``tokens`` tokens and ``high`` rows that read so many columns; ``extra`` bytes and launches."""
+        wide = -(-n // tokens)
+        blocks = wide * -(-rows // high)
+        # The last wave of blocks takes as long as a full one.
+        waves = -(-blocks // gpu.multiprocessors) * gpu.multiprocessors / max(blocks, 1)
+        roofs = {
+            "memory": (weight + 2 * n * (call.in_features + call.rows) + extra[0]) / gpu.memory,
+            "L2": (wide * weight + blocks * tokens * read * 2) / gpu.l2 * waves,
+            "tensor cores": rows * kept * wide * tokens / (rate * gpu.sparse) * waves,
+        }
+        seconds, roof = _tightest(roofs, gpu)
+        return Choice("", tokens, shared, seconds + extra[1] * gpu.launch, roof)
 
-    if n <= DECODE_TOKENS:
-        pitch = decode_pitch(columns)
-        for tokens in (8, 16):
-            blocks = -(-n // tokens)
-            l2 = blocks * (weight + rows // DECODE_ROWS * tokens * columns * 2)
-            found = roofs(l2, blocks * tokens, blocks * rows // DECODE_ROWS)
-            yield Choice("decode", tokens, (2 * pitch + 1152) * tokens, found.seconds, found.roof)
-    window = columns if len(runs) == 1 else pattern.window or columns
-    # What lies feature-major is copied into rows first, and the other way round.
-    copied = 4 * n * call.in_features
-    rows_copied = (copied, 2) if call.feature_major else (0, 1)
-    if window % ALIGNED == 0:
-        for tokens in (128, 64):
-            blocks, high = -(-n // tokens), -(-rows // WINDOWED_ROWS)
-            l2 = blocks * (high * tokens * columns * 2 + weight)
-            found = roofs(l2, blocks * tokens, blocks * high, WINDOWED_RATE, *rows_copied)
-            yield Choice("windowed", tokens, (512 + 2 * window) * tokens, found.seconds, found.roof)
-    blocks = -(-n // GATHER_TOKENS)
-    l2 = blocks * (rows // height * GATHER_TOKENS * kept * 2 + weight)
-    turned = 4 * n * call.rows
-    turned, launches = (turned, 2) if call.feature_major else (turned + copied, 3)
-    found = roofs(l2, blocks * GATHER_TOKENS, blocks * rows // height, 1.0, turned, launches)
-    yield Choice("gather", GATHER_TOKENS, gather_shared(height, kept), found.seconds, found.roof)
+    if call.planes is None:
+        # Rows are wanted: what lies feature-major is copied into rows first.
+        copied = (4 * n * call.in_features, 1) if call.feature_major else (0, 0)
+        if n <= DECODE_TOKENS:
+            for tokens in (8, 16):
+                shared = (2 * decode_pitch(columns) + 1152) * tokens
+                yield replace(predict(tokens, DECODE_ROWS, shared, columns, copied), kernel="decode")
+        window = columns if len(runs) == 1 else pattern.window or columns
+        for tokens in (128, 64) if window % ALIGNED == 0 else ():
+            shared = (512 + 2 * window) * tokens
+            yield replace(predict(tokens, WINDOWED_ROWS, shared, columns, copied, WINDOWED_RATE), kernel="windowed")
+        # Columns are wanted, and columns come out.
+        turned = 4 * n * (call.rows if call.feature_major else call.rows + call.in_features)
+        extra = (turned, 1 if call.feature_major else 2)
+    else:
+        extra = (2 * call.planes, 1 if call.planes else 0)
+    shared = gather_shared(height, kept)
+    yield replace(predict(GATHER_TOKENS, height, shared, kept, extra), kernel="gather")
 
 
 def decode_pitch(columns: int) -> int:

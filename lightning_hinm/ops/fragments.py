@@ -74,12 +74,17 @@ def kept_of_runs(pattern: HiNMPattern, in_features: int) -> list[int]:
     return [-(-pattern.kept_of_run(last - first) // STEP) * STEP for first, last in runs]
 
 
+def padded_kept(pattern: HiNMPattern, in_features: int) -> int:
+    """K: the kept vectors of a tile as the kernels see them."""
+    return -(-sum(kept_of_runs(pattern, in_features)) // (STEP * STEPS)) * STEP * STEPS
+
+
 def arrange(packed: HiNMWeight) -> Fragments:
     """The fragments of a packed weight that ``refusal`` does not refuse."""
     pattern, in_features, device = packed.pattern, math.prod(packed.shape[1:]), packed.values.device
     v, height = pattern.vector_size, tile_rows(pattern)
     kept = kept_of_runs(pattern, in_features)
-    width = -(-sum(kept) // (STEP * STEPS)) * STEP * STEPS  # K
+    width = padded_kept(pattern, in_features)  # K
     tiles = len(packed.vector_index)
 
     # Where each kept vector goes, and where what pads its run points.

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_hinm import kernels
 from lightning_hinm.format import HiNMWeight, expand
 from lightning_hinm.layout import inverse
-from lightning_hinm.ops.fragments import arrange, refusal
+from lightning_hinm.ops.fragments import arrange, padded_kept, refusal, tile_rows
 from lightning_hinm.pattern import HiNMPattern
 
 TENSORS = 9  # of an op's operands, all but ``x``; its numbers follow
@@ -187,6 +187,8 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
     if not values.is_meta:
         reason = kernels.refusal(values.device) or refusal(packed.pattern, in_features, values.dtype)
         if reason is None:
+            if values.device.type == "cuda":
+                kernels.prepare(values.device)  # now: while a CUDA graph is captured, nothing can be loaded
             return dict(zip(EXPANDED, arrange(packed), strict=True))
         if values.device.type == "cuda":
             warn_once(f"hinm: no kernel for a packed layer: {reason}. It gathers and calls a dense product instead.")
@@ -199,6 +201,17 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
 def warn_once(message: str) -> None:
     """A warning that is given once in a process."""
     warnings.warn(message, stacklevel=2)
+
+
+def expanded_bytes(packed: HiNMWeight) -> int:
+    """Bytes of what ``expand_all`` makes of a matrix or of a convolution's weight, without making it."""
+    pattern, in_features, values = packed.pattern, math.prod(packed.shape[1:]), packed.values
+    rows = packed.vector_index.shape[0] * pattern.vector_size
+    if kernels.refusal(values.device) is None and refusal(pattern, in_features, values.dtype) is None:
+        kept = padded_kept(pattern, in_features)
+        return rows * kept * 9 // 8 + rows // tile_rows(pattern) * kept * 2 + rows * 4
+    kept = packed.vector_index.shape[1]
+    return rows * kept * values.element_size() + packed.vector_index.numel() * 8 + packed.shape[0] * 8
 
 
 def decode_columns(vector_index: Tensor, in_features: int, m: int, groups: int = 1) -> Tensor:

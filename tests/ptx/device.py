@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_hinm import kernels
 from lightning_hinm.ops import cost
+from lightning_hinm.ops.figures import estimate
 
 from .program import Program
 from .report import Report
@@ -84,7 +85,7 @@ def emulated(**settings: Any) -> Iterator[Emulator]:
         mock.patch.object(kernels, "refusal", return_value=None),
         mock.patch.object(kernels, "shared_limit", return_value=SHARED_LIMIT),
         mock.patch.object(kernels, "launch", emulator.launch),
-        mock.patch.object(cost, "gpu_of", return_value=cost.GPUS[9, 0]),
+        mock.patch.object(cost, "gpu_of", return_value=estimate((9, 0))),
     ):
         yield emulator
 

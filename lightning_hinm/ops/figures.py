@@ -1,0 +1,129 @@
+"""What bounds kernels on each GPU: estimates, or what was measured on it (``tune``).
+
+What was measured is kept in a file that only the user may write, below ``~/.cache/lightning-hinm/gpus``, for each kind
+of GPU and version of the package; the environment variable ``LIGHTNING_HINM_GPUS`` names another folder, or is ``off``.
+A file that makes no sense is passed over, and that is said once.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+SWITCH = "LIGHTNING_HINM_GPUS"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What bounds a kernel.
+
+    Args:
+        name: for messages.
+        memory: bytes a second from its memory.
+        l2: bytes a second from its L2 cache to all multiprocessors.
+        sparse: FLOP a second of ``mma.sp``, counted on non-zeros.
+        dense: FLOP a second of its BLAS.
+        multiprocessors: how many blocks run at once, if each has one to itself.
+        launch: seconds that a kernel takes at least.
+        measured: whether these were measured, or are estimates from data sheets.
+    """
+
+    name: str
+    memory: float
+    l2: float
+    sparse: float
+    dense: float
+    multiprocessors: int
+    launch: float = 3e-6
+    measured: bool = False
+
+
+# By compute capability: a newer one that is missing takes the last before it. Estimates, none of them measured.
+GPUS = {
+    (8, 0): Gpu("A100", 1.4e12, 4.5e12, 300e12, 270e12, 108),
+    (8, 6): Gpu("RTX 30", 0.85e12, 2.2e12, 68e12, 68e12, 82),
+    (8, 9): Gpu("RTX 40", 0.9e12, 4.5e12, 150e12, 150e12, 128),
+    (9, 0): Gpu("H100", 3.0e12, 6.0e12, 440e12, 700e12, 132),
+    (10, 0): Gpu("B200", 7.0e12, 10e12, 440e12, 1600e12, 148),
+    (12, 0): Gpu("RTX 50", 1.5e12, 5.0e12, 200e12, 200e12, 170),
+}
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The figures of a CUDA device: measured ones if there are any, else those of the table."""
+    measured = load_gpu(torch.cuda.get_device_name(device))
+    return measured or estimate(torch.cuda.get_device_capability(device))
+
+
+def estimate(capability: tuple[int, int]) -> Gpu:
+    """The row of the table for a compute capability."""
+    return GPUS[max((known for known in GPUS if known <= capability), default=min(GPUS))]
+
+
+def save_gpu(found: Gpu, device_name: str) -> Path | None:
+    """Keeps the figures for that kind of GPU, atomically; None if keeping them is switched off."""
+    path = _path(device_name)
+    if path is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")  # only the user may read it
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(asdict(found), file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    load_gpu.cache_clear()
+    return path
+
+
+@functools.cache
+def load_gpu(device_name: str) -> Gpu | None:
+    """The figures that were measured for that kind of GPU, checked; None if there are none that make sense."""
+    path = _path(device_name)
+    if path is None or not path.is_file():
+        return None
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(given, dict) or given.keys() != {field.name for field in fields(Gpu)}:
+            raise ValueError("its fields are not those of this version")
+        for name, value in given.items():
+            kinds = {"name": (str,), "measured": (bool,), "multiprocessors": (int,)}.get(name, (int, float))
+            if type(value) not in kinds or (name not in ("name", "measured") and not 0 < value < math.inf):
+                raise ValueError(f"{name}={value!r} makes no sense")
+    except (OSError, ValueError, RecursionError) as error:
+        _warn_once(f"{path}: {error}, so kernels are chosen by estimates. Run python -m lightning_hinm tune again.")
+        return None
+    return Gpu(**given)
+
+
+def _path(device_name: str) -> Path | None:
+    setting = os.environ.get(SWITCH, "")
+    if setting.lower() == "off":
+        return None
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning-hinm" / "gpus"
+    except RuntimeError:  # nobody's home
+        return None
+    try:
+        release = version("lightning-hinm")
+    except PackageNotFoundError:  # run from its source
+        release = "source"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-")
+    return (Path(setting) if setting else base) / f"{name}-{release}.json"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

@@ -1,0 +1,111 @@
+"""Which kernel takes a call, and what it is predicted to take."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_hinm import HiNMPattern, kernels
+from lightning_hinm.ops import cost
+from lightning_hinm.ops.cost import Call, choose_kernel, list_kernels, predict_dense
+from lightning_hinm.ops.figures import GPUS, estimate
+from lightning_hinm.ops.fragments import padded_kept
+
+H100, LIMIT = estimate((9, 0)), 227 * 1024
+CALLS = st.builds(
+    Call,
+    pattern=st.builds(
+        HiNMPattern,
+        vector_size=st.sampled_from([32, 64, 128, 256]),
+        vector_sparsity=st.sampled_from([0.0, 0.5, 0.75, 0.9]),
+        window=st.sampled_from([None, 128, 256, 100]),
+    ),
+    rows=st.integers(1, 20000),
+    in_features=st.integers(4, 20000),
+    tokens=st.integers(1, 20000),
+    feature_major=st.booleans(),
+)
+
+
+def kernels_of(call: Call, limit: int = LIMIT) -> list[str]:
+    return [f"{choice.kernel}_{choice.tokens}" for choice in list_kernels(call, limit, H100)]
+
+
+@given(CALLS)
+def test_every_prediction_is_a_time_and_names_its_roof(call: Call) -> None:
+    for choice in [*list_kernels(call, LIMIT, H100), predict_dense(call, H100)]:
+        assert H100.launch <= choice.seconds < 100
+        assert choice.roof in ("memory", "L2", "tensor cores", "launch")
+
+
+@given(CALLS)
+def test_the_choice_is_the_least_of_those_that_fit(call: Call) -> None:
+    fitting = list_kernels(call, LIMIT, H100)
+    assert all(choice.shared <= LIMIT for choice in fitting)
+    chosen = choose_kernel(call, LIMIT, H100)
+    assert chosen == min(fitting, key=lambda choice: choice.seconds, default=None)
+
+
+@given(CALLS)
+def test_more_tokens_never_take_less_time(call: Call) -> None:
+    more = replace(call, tokens=call.tokens + 1000)
+    times = {choice.kernel: choice.seconds for choice in list_kernels(call, LIMIT, H100) if choice.kernel != "decode"}
+    for choice in list_kernels(more, LIMIT, H100):
+        if choice.kernel == "gather":
+            assert choice.seconds >= times[choice.kernel] * (1 - 1e-9)
+
+
+def test_decode_is_for_few_tokens() -> None:
+    few = Call(HiNMPattern(), 4096, 4096, cost.DECODE_TOKENS)
+    assert {"decode_8", "decode_16"} <= set(kernels_of(few))
+    assert not any(name.startswith("decode") for name in kernels_of(replace(few, tokens=cost.DECODE_TOKENS + 1)))
+
+
+def test_a_window_that_no_copy_of_16_bytes_starts_at_is_not_for_the_windowed_kernel() -> None:
+    for window, taken in ((256, True), (100, False), (104, True)):
+        names = kernels_of(Call(HiNMPattern(window=window), 1024, 2048, 512))
+        assert any(name.startswith("windowed") for name in names) == taken
+
+
+def test_without_windows_the_windowed_kernel_holds_all_columns() -> None:
+    pattern = HiNMPattern(window=None)
+    assert "windowed_64" in kernels_of(Call(pattern, 1024, 1024, 512))
+    assert not any(name.startswith("windowed") for name in kernels_of(Call(pattern, 1024, 4096, 512)))
+
+
+def test_a_convolution_is_for_the_gather_kernel() -> None:
+    assert kernels_of(Call(HiNMPattern(), 64, 576, 3136, planes=0)) == ["gather_128"]
+    few, many = (Call(HiNMPattern(), 64, 576, 3136, planes=planes) for planes in (0, 10**9))
+    assert list_kernels(few, LIMIT, H100)[0].seconds < list_kernels(many, LIMIT, H100)[0].seconds
+
+
+@pytest.mark.parametrize("vector_size", [32, 64, 128])
+def test_shared_memory_is_what_the_manifest_says(vector_size: int) -> None:
+    pattern = HiNMPattern(vector_size, 0.5, window=256)
+    call = Call(pattern, 512, 2048, 8)
+    height, kept = vector_size, padded_kept(pattern, 2048)
+    entries = {
+        "decode": ("decode_f16_{}", {"pitch": cost.decode_pitch(2048)}),
+        "windowed": (f"windowed_f16_{min(height, 64)}_{{}}", {"window": 256}),
+        "gather": (f"gather_f16_{height}", {"kept": kept}),
+    }
+    static = {"decode": 1152}  # a token's partial sums
+    for choice in list_kernels(call, 10**9, H100):
+        name, sizes = entries[choice.kernel]
+        shared = kernels.entries()[name.format(choice.tokens)].shared_bytes(sizes)
+        assert choice.shared == shared + static.get(choice.kernel, 0) * choice.tokens
+
+
+def test_a_gpu_without_a_row_of_its_own_takes_the_last_before_it() -> None:
+    assert estimate((8, 7)) == GPUS[8, 6]
+    assert estimate((9, 9)) == GPUS[9, 0]
+    assert estimate((99, 0)) == GPUS[max(GPUS)]
+    assert estimate((7, 5)) == GPUS[8, 0]
+    assert not any(gpu.measured for gpu in GPUS.values())
+
+
+@pytest.mark.gpu
+def test_the_figures_of_this_gpu_are_found() -> None:
+    assert cost.gpu_of(torch.device("cuda")).memory > 0
