@@ -513,7 +513,7 @@ def test_goals_are_judged_by_the_planners_kernel_and_the_faster_dense_product() 
 
 def test_a_plot_needs_no_gpu_and_no_more_than_a_json(tmp_path: Path) -> None:
     cases = [synthetic_case(case, 25e-6, 10e-6, 12e-6) for case in default_cases() if isinstance(case.layer, Linear)]
-    (tmp_path / "gpu.json").write_text(json.dumps({"facts": {"gpu": "toy"}, "cases": cases[:40]}))
+    (tmp_path / "gpu.json").write_text(json.dumps({"facts": {"gpu": "toy"}, "cases": cases[:12]}))
     assert gpu.main(["--plot", str(tmp_path / "gpu.json")]) == 0
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 

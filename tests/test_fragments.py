@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack, unpack
-from lightning_hinm.format import HiNMWeight
+from lightning_hinm.format import HiNMWeight, random_weight
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import fragments
 from lightning_hinm.ops.fragments import Fragments, arrange, kept_of_runs, refusal, tile_rows
@@ -83,6 +83,23 @@ def test_runs_are_padded_to_steps_within_their_own_columns(pattern: HiNMPattern)
         assert ((own >= first) & (own < last)).all()
         start += count
     assert 0 <= found.vector_index.shape[1] - start < fragments.STEP * fragments.STEPS
+
+
+def test_groups_are_paired_so_that_their_columns_lie_in_different_banks() -> None:
+    packed = random_weight((64, 512), HiNMPattern(32, 0.5, window=None), torch.float16, torch.Generator())
+
+    def wavefronts(columns: Tensor) -> float:
+        banks = torch.nn.functional.one_hot(columns.to(torch.int64).unflatten(1, (-1, 8)) % fragments.BANKS)
+        return float(banks.sum(dim=2).amax(dim=2).double().mean())
+
+    found = arrange(packed).vector_index
+    assert wavefronts(packed.vector_index) > 2.4
+    assert wavefronts(found) < 2.25
+
+    def groups(columns: Tensor) -> list[set[tuple[int, ...]]]:
+        return [{tuple(group) for group in tile.tolist()} for tile in columns.to(torch.int64).unflatten(1, (-1, 4))]
+
+    assert groups(found) == groups(packed.vector_index), "a group stays as it is"
 
 
 def test_a_high_tile_is_cut_into_tiles_with_the_same_columns() -> None:

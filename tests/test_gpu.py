@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_hinm import HiNMLayout, HiNMPattern, explain, hinm_mask, kernels, pack, prune, to_hinm, unpack
-from lightning_hinm.format import HiNMWeight
+from lightning_hinm.format import HiNMWeight, random_weight
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import cost, expand_all
 from lightning_hinm.ops.cost import Call, Choice
@@ -477,7 +477,7 @@ def test_an_index_out_of_range_faults_in_the_interpreter() -> None:
 
 
 def count(kernel: str, block: int, tokens: int, pattern: HiNMPattern) -> Emulator:
-    packed = packed_layer(256, 512, pattern=pattern, dtype=torch.float16, tile_order=True)
+    packed = random_weight((256, 512), pattern, torch.float16, torch.Generator(), restored=False)
     with emulated() as emulator, only(kernel, block):
         run_linear(packed, numbers(tokens, 512, dtype=torch.float16), None)
     return emulator
@@ -498,7 +498,10 @@ def test_the_windowed_kernel_conflicts_only_where_it_gathers(vector_size: int) -
     (report,) = count("windowed", 128, 128, HiNMPattern(vector_size, 0.5, window=None)).reports
     for kind in ("ld.shared", "st.shared", "cp.async"):
         assert report.wavefronts[kind] == report.wavefronts_ideal[kind], kind
-    assert report.wavefronts["ldmatrix"] < 2.7 * report.wavefronts_ideal["ldmatrix"]  # random rows: 2.5 expected
+    # Rows that fall where they like take 2.56 wavefronts a matrix; those that are turned take one.
+    gathered = report.mma * (2 if vector_size == 32 else 1)
+    turned = report.wavefronts_ideal["ldmatrix"] - gathered
+    assert 1.5 < (report.wavefronts["ldmatrix"] - turned) / gathered < 2.25
     assert report.global_sectors == report.global_sectors_ideal
 
 
