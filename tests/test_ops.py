@@ -222,6 +222,32 @@ def test_wrong_inputs_are_refused_by_value_rule_and_remedy() -> None:
         torch.ops.hinm.conv2d(args[0][:, :, :2], *args[1:])
 
 
+@pytest.mark.parametrize("bias", [torch.zeros(20, dtype=torch.float64), torch.zeros(19), torch.zeros(1, 20)], ids=str)
+def test_a_bias_that_does_not_fit_is_refused(bias: Tensor) -> None:
+    _, (x, *args) = linear_case(20, 19, PATTERNS[0], 3)
+    args[4] = bias
+    with pytest.raises(ValueError, match=r"hinm::linear: bias is .* but must be torch.float32 \[20\] on cpu, as x is"):
+        torch.ops.hinm.linear(x, *args)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_an_activation_is_that_of_torch(activation: str) -> None:
+    dense, args = linear_case(20, 19, PATTERNS[0], 3)
+    found = torch.ops.hinm.linear(*args, activation)
+    name, approximate = activation.removesuffix("_tanh"), {"approximate": "tanh"} if "tanh" in activation else {}
+    torch.testing.assert_close(found, getattr(F, name)(dense, **approximate), rtol=1e-5, atol=1e-5)
+    dense, args = conv_case(CONVOLUTIONS[0], 2)
+    torch.testing.assert_close(
+        torch.ops.hinm.conv2d(*args, activation), getattr(F, name)(dense, **approximate), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_unknown_activation_is_refused_by_name() -> None:
+    _, args = linear_case(20, 19, PATTERNS[0], 3)
+    with pytest.raises(ValueError, match="activation='swish' must be one of none, relu, gelu, gelu_tanh, silu"):
+        torch.ops.hinm.linear(*args, "swish")
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_an_index_out_of_range_is_an_error_not_a_read(tokens: int) -> None:
     _, (x, values, metadata, index, order, *rest) = linear_case(20, 19, PATTERNS[0], tokens, decode=True)

@@ -252,3 +252,9 @@ def _check_kind(op: str, x: Tensor, operands: Operands) -> None:
         raise ValueError(
             f"hinm::{op}: x is on {x.device}, but the packed weight is on {weight.device}. Move one of them with .to()."
         )
+    bias, rows = operands.bias, operands.output_order.shape[0]
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device or bias.shape != (rows,)):
+        raise ValueError(
+            f"hinm::{op}: bias is {bias.dtype} {list(bias.shape)} on {bias.device}, but must be {x.dtype} [{rows}] on "
+            f"{x.device}, as x is. Convert the layer with .to()."
+        )
