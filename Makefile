@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: setup test test-all lint demo demo-cnn benchmark benchmark-search
+.PHONY: setup test test-all lint demo demo-cnn benchmark benchmark-search benchmark-gpu
 
 setup: .venv/.installed
 
@@ -34,3 +34,7 @@ benchmark: setup
 
 benchmark-search: setup
 	$(PYTHON) -m benchmarks.search $(ARGS)
+
+# No setup: a machine with a GPU brings its own torch.
+benchmark-gpu:
+	benchmarks/gpu.sh $(ARGS)

@@ -281,6 +281,22 @@ def test_more_tokens_than_the_gather_kernel_counts_are_taken_in_parts() -> None:
     assert emulator.launched.count("gather_f16_64") == 3
 
 
+@pytest.mark.parametrize("kernel", ["windowed", "gather"])
+def test_more_tokens_than_a_grid_has_blocks_for_are_taken_in_parts(kernel: str) -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    with emulated() as emulator, only(kernel), mock.patch("lightning_hinm.ops.gpu.MOST_TOKENS", 128):
+        check_linear(packed, numbers(300, 64, dtype=torch.float16), None)
+    assert len([name for name in emulator.launched if name.startswith(kernel)]) == 3
+
+
+def test_part_of_a_wide_feature_major_input_is_turned_where_its_rows_lie_too_far_apart() -> None:
+    packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
+    x = numbers(64, 304, dtype=torch.float16).t()
+    with emulated() as emulator, only("gather"), mock.patch("lightning_hinm.ops.gpu.MOST_NUMBERS", 64 * 256 + 1):
+        check_linear(packed, x, None)
+    assert emulator.launched == ["transpose", "gather_f16_64", "transpose"] * 2
+
+
 def test_what_no_kernel_takes_runs_without_one_and_says_so_once() -> None:
     packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
     x = numbers(7, 64, dtype=torch.float16)

@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ from benchmarks.gpu import correctness, goals, sanitizer, steps
 from benchmarks.gpu.cases import all_cases, default_cases
 from benchmarks.gpu.clock import Clock, Machine
 from benchmarks.gpu.plot import draw_plot
-from benchmarks.gpu.record import ROOT, Record, copies_of, facts, path_for
+from benchmarks.gpu.record import ROOT, Record, copies_of, facts, nvidia_smi, path_for
 
 NEEDS_GPU = 2  # exit code
 SECONDS, FULL_SECONDS = 440.0, 3600.0
 LEAST_SPEED_SECONDS = 60.0  # whatever the steps before it took
+START = 15.0  # that a process takes before its first case
 LIMITS = {"correctness": 150.0, "memcheck": 80.0, "racecheck": 80.0, "rates": 100.0}
 GRACE = 30.0  # that a step has beyond its own limit, to come to its end
 TAIL = 60  # lines of a step's output that the record keeps
@@ -71,14 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.gpu needs an NVIDIA GPU, but {why} (torch {torch.__version__}).", file=sys.stderr)
         return NEEDS_GPU
     device = torch.device("cuda", 0)
-    path = options.out or path_for(device)
+    path = (options.out or path_for(device)).resolve()  # the steps run in the repository's root
     seconds = options.seconds or (FULL_SECONDS if options.full else SECONDS)
     if options.step:
         return 0 if run_step(options.step, path, device, seconds, full=options.full) else 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no step outlives this process
     record = Record(path, fresh=True)
     record.put("facts", facts(device) | {"arguments": sys.argv[1:]})
     outcomes = run_steps(record, seconds, ["--full"] if options.full else [])
-    conclude(Record(path), facts(device)["nvidia_smi"])
+    conclude(Record(path), nvidia_smi())
     return 0 if all(outcome.outcome == "passed" for outcome in outcomes) else 1
 
 
@@ -115,7 +118,7 @@ def run_steps(record: Record, seconds: float, flags: Sequence[str] = ()) -> list
         else:
             # A case that has begun comes to its end, and the kernels are loaded before the first.
             limit = LIMITS.get(step, left + GRACE)
-            outcome = run_process(step, [*own, "--step", step, "--seconds", f"{left:.0f}"], limit)
+            outcome = run_process(step, [*own, "--step", step, "--seconds", f"{left - START:.0f}"], limit)
         print(f"{step}: {outcome.outcome} in {outcome.seconds:.0f} s", flush=True)
         outcomes.append(outcome)
         record = Record(record.path)  # the step wrote into it
@@ -132,20 +135,22 @@ def run_process(
     late = threading.Event()
     process = subprocess.Popen(  # noqa: S603
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
-        env={**os.environ, **(environment or {})}, start_new_session=True,
+        env={**os.environ, **(environment or {})}, preexec_fn=os.setpgrp,
     )  # fmt: skip
 
     def kill() -> None:
         late.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
     timer = threading.Timer(limit, kill)
     timer.start()
     try:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            tail.append(line)
+        with process.stdout as lines:
+            for line in lines:
+                print(line, end="", flush=True)
+                tail.append(line)
         code: int | None = process.wait()
     finally:
         timer.cancel()
@@ -175,7 +180,7 @@ def conclude(record: Record, state: Any) -> None:
         record.put("plot", f"none: {error}")
     print(goals.table_of(record.data))
     if row := record.data.get("row"):
-        print(f"for lightning_hinm.ops.cost.GPUS:\n    {row['python']}")
+        print(f"for lightning_hinm.ops.figures.GPUS:\n    {row['python']}")
     for step in record.data.get("steps", ()):
         print(f"{step['step']}: {step['outcome']}" + (f", {step['said'].splitlines()[0]}" if step["said"] else ""))
     print(f"{record.path}\nplot: {record.data['plot']}")

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -73,6 +74,8 @@ class Clock:
     def renew(self) -> None:
         """Starts a comparison: its graphs share one pool of memory, since no output outlives its pass."""
         if self.on_gpu:
+            with suppress(RuntimeError):  # after a capture that failed, torch may refuse
+                torch.cuda.empty_cache()  # what the graphs before held
             self.pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are all gone cannot be used again
 
     def capture(self, calls: Sequence[Call], expected: float = PASS) -> Pass:
@@ -92,12 +95,13 @@ class Clock:
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self.pool)
             try:
-                _run_all(calls)
+                try:
+                    _run_all(calls)
+                finally:
+                    graph.capture_end()
             except Exception:
                 self.renew()
                 raise
-            finally:
-                graph.capture_end()
         torch.cuda.default_stream(self.device).wait_stream(self.stream)
         return Pass(graph.replay, len(calls), calls)
 
@@ -150,7 +154,8 @@ def eager_pass(calls: Sequence[Call]) -> Pass:
 
 def summary(sample: Sequence[float]) -> Time:
     """Of one candidate's rounds."""
-    low, median, high = statistics.quantiles(sample, n=4) if len(sample) > 1 else (*sample, *sample, *sample)
+    quartiles = statistics.quantiles(sample, n=4) if len(sample) > 1 else [*sample] * 3
+    low, median, high = (float(f"{each:.5g}") for each in quartiles)  # the clock knows no more digits
     return Time(median, low, high, len(sample))
 
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.weights import conv2d_operands, linear_operands, random_weight
+from benchmarks.gpu.weights import conv2d_operands, linear_operands
 from lightning_hinm import HiNMPattern, kernels, unpack
+from lightning_hinm.format import random_weight
 from lightning_hinm.ops import cost, gpu, hinm_conv2d, hinm_linear
 from lightning_hinm.ops.fragments import tile_rows
 from lightning_hinm.ops.operands import ACTIVATIONS, LinearOperands, activate

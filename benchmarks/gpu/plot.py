@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.gpu.goals import chosen_seconds, cusparselt_seconds, dense_seconds, speed_up_of
 from benchmarks.gpu.speed import seconds_of
 from lightning_hinm import HiNMPattern
-from lightning_hinm.ops.cost import GPUS
+from lightning_hinm.ops.figures import estimate
 
 Record = dict[str, Any]
 COLOURS = {32: "#d08a2e", 64: "#2f5d9b", 128: "#3f8f5a"}
@@ -57,7 +57,7 @@ def draw_plot(data: Record, path: Path) -> None:
 
 def _draw_layer(axes: Any, layer: str, cases: list[Record]) -> None:
     kinds = {(case["vector_size"], case["sparsity"], case["window"]) for case in cases}
-    for v, sparsity, window in sorted(kinds, key=str):
+    for v, sparsity, window in sorted(kinds, key=lambda kind: (kind[0], kind[1], kind[2] or 0)):
         same = [
             case for case in cases if (case["vector_size"], case["sparsity"], case["window"]) == (v, sparsity, window)
         ]
@@ -72,6 +72,10 @@ def _draw_layer(axes: Any, layer: str, cases: list[Record]) -> None:
     axes.axhline(1.0, color="#999999", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    axes.set_xticks(sorted({case["tokens"] for case in cases}))
+    for one in (axes.xaxis, axes.yaxis):
+        one.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(labelsize=7)
     axes.set_title(layer, fontsize=10)
     axes.set_xlabel("tokens")
     axes.set_ylabel("speed-up over cuBLAS (predicted: dashed)")
@@ -102,9 +106,9 @@ def _draw_roofline(axes: Any, cases: list[Record], data: Record) -> None:
         flop, nbytes = work_of(case)
         colour, marker = COLOURS.get(case["vector_size"], "#777777"), MARKERS.get(case["sparsity"], "x")
         axes.scatter(flop / nbytes, flop / own * 1e-12, color=colour, marker=marker, s=12)
-    row = data.get("row") or {}
-    estimate = GPUS[max(known for known in GPUS if list(known) <= data.get("facts", {}).get("capability", [9, 0]))]
-    memory, sparse, dense = (row.get(name) or getattr(estimate, name) for name in ("memory", "sparse", "dense"))
+    major, minor = data.get("facts", {}).get("capability", (9, 0))
+    assumed, row = estimate((major, minor)), data.get("peaks") or {}
+    memory, sparse, dense = (row.get(name) or getattr(assumed, name) for name in ("memory", "sparse", "dense"))
     intensities = [2.0**i for i in range(-1, 13)]
     axes.plot(intensities, [min(i * memory, sparse) * 1e-12 for i in intensities], color="black", linewidth=0.8,
               label=f"memory {memory * 1e-12:.2f} TB/s, mma.sp {sparse * 1e-12:.0f} TFLOP/s")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What bounds the kernels on this GPU: memory, L2, tensor cores and launches, as ``ops.cost.GPUS`` wants them."""
+"""What bounds the kernels on this GPU: memory, L2, tensor cores and launches, as ``ops.figures.GPUS`` wants them."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,10 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.clock import Call, Clock, Machine, eager_pass
-from benchmarks.gpu.weights import fragments_of, linear_operands, random_weight
+from benchmarks.gpu.weights import fragments_of, linear_operands
 from lightning_hinm import HiNMPattern, kernels, unpack
+from lightning_hinm.format import random_weight
 from lightning_hinm.ops import cost, gpu, hinm_linear
 from lightning_hinm.ops.operands import LinearOperands
+from lightning_hinm.ops.tune import COPIED, SIDE, measure_gpu
 
 Numbers = dict[str, Any]
 PROBE = Path(__file__).with_name("probe.cu")
@@ -37,7 +40,7 @@ class Rates:
     def all(self, keep: Callable[[str, Numbers], None]) -> list[str]:
         """Every measurement, each handed to ``keep`` with its name; what failed comes back, in words."""
         failures = []
-        for name in ("memory", "dense", "gather", "sparse", "transpose", "launch", "cusparselt", "probe"):
+        for name in ("memory", "dense", "gather", "sparse", "transpose", "launch", "tune", "cusparselt", "probe"):
             try:
                 keep(name, getattr(self, name)())
             except Exception as error:  # one that fails must not cost the others
@@ -47,7 +50,7 @@ class Rates:
 
     def memory(self) -> Numbers:
         """Bytes a second that a copy reads and writes."""
-        numbers = self._randn(2**29 // self.scale)
+        numbers = self._randn(self._scaled(2**29))
         out = torch.empty_like(numbers)
         return {"copy": 2 * numbers.nbytes / self._seconds(partial(out.copy_, numbers))}
 
@@ -55,7 +58,7 @@ class Rates:
         """FLOP a second of the BLAS in bfloat16, on random numbers."""
         rates = {}
         for size in (4096, 8192):
-            rows = max(size // self.scale, 32)
+            rows = self._scaled(size)
             a, b = self._randn(rows, rows), self._randn(rows, rows)
             rates[str(size)] = 2 * rows**3 / self._seconds(partial(torch.mm, a, b))
         return rates
@@ -65,7 +68,7 @@ class Rates:
 
         A tile for each multiprocessor and an input that L2 holds: every block gathers its own rows of 256 bytes.
         """
-        columns, tokens = 4096 // self.scale, 2048 // self.scale
+        columns, tokens = self._scaled(4096), self._scaled(2048)
         found: Numbers = {}
         for v in (32, 64, 128):
             rows = v * max(self.machine.gpu.multiprocessors // self.scale, 2)
@@ -82,7 +85,7 @@ class Rates:
         """FLOP a second on non-zeros of each kernel, where input and weight stay in L2 and the weight is not gathered
         thinner than 2:4: as near as they come to the rate of ``mma.sp``.
         """
-        rows, columns, tokens = 4096 // self.scale, 1024 // self.scale, 8192 // self.scale
+        rows, columns, tokens = self._scaled(4096), self._scaled(1024), self._scaled(8192)
         pattern, rates = HiNMPattern(128, 0.0, window=None), {}
         packed = random_weight((rows, columns), pattern, torch.bfloat16, self.generator, restored=False)
         operands, x = linear_operands(packed), self._randn(tokens, columns)
@@ -96,7 +99,7 @@ class Rates:
 
     def transpose(self) -> Numbers:
         """Bytes a second that the transposes read and write."""
-        x = self._randn(8192 // self.scale, 4096 // self.scale)
+        x = self._randn(self._scaled(8192), self._scaled(4096))
         turned, back = x.new_empty(x.shape[1], x.shape[0]), torch.empty_like(x)
         into = self._seconds(partial(gpu._turn, x, turned))
         return {"into": 2 * x.nbytes / into, "out": 2 * x.nbytes / self._seconds(partial(gpu._turn, turned, back))}
@@ -123,6 +126,13 @@ class Rates:
             queued = (time.perf_counter() - start) / count
             found[name] = {"host": queued, "eager": host, "graph": self._seconds(call, copies=count)}
         return found
+
+    def tune(self) -> Numbers:
+        """What the library measures for its planner: rates that predict its kernels, below the peaks."""
+        if self.clock.on_gpu:
+            return asdict(measure_gpu(self.device))
+        sizes = {"side": self._scaled(SIDE), "copied": self._scaled(COPIED)}
+        return asdict(measure_gpu(self.device, seconds=self._seconds, **sizes))
 
     def cusparselt(self) -> Numbers:
         """Whether torch's cuSPARSELt runs at all, and inside a graph: in a process of its own step, since a capture
@@ -164,6 +174,9 @@ class Rates:
         image = gpu.Image(tokens, tokens, columns)
         return self._seconds(partial(gpu._launch_gather, x, out, operands, image)), operands
 
+    def _scaled(self, size: int) -> int:
+        return max(size // self.scale, 32)
+
     def _call(self, operands: Any, x: torch.Tensor) -> cost.Call:
         return cost.Call(gpu.pattern_of(operands), operands.output_order.shape[0], operands.in_features, len(x))
 
@@ -172,12 +185,12 @@ class Rates:
 
     def _seconds(self, call: Call, copies: int = 4) -> float:
         self.clock.renew()
-        one = self.clock.capture([call] * copies)
+        one = self.clock.capture([call] * (copies if self.clock.on_gpu else 1))
         return self.clock.in_turn({"": one}, SECONDS / self.scale)[""].seconds
 
 
-def row_of(measured: Numbers, machine: Machine, name: str) -> cost.Gpu:
-    """The measurements as a row of ``ops.cost.GPUS``; what was not measured stays as it was estimated."""
+def peaks_of(measured: Numbers, machine: Machine, name: str) -> cost.Gpu:
+    """The peaks as a row of ``ops.figures.GPUS``; what was not measured stays as it was estimated."""
     estimate, probe = machine.gpu, measured.get("probe", {})
 
     def first(*values: float | None) -> float:

@@ -44,11 +44,22 @@ class Record:
     def save(self) -> None:
         """Writes the file: the old one or the new one is there, never half of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.data, indent=1, default=str) + "\n"
+        text = text_of(self.data)
         for path in [self.path, *copies_of(self.path)]:
             partial = path.with_name(f"{path.name}.part")
             partial.write_text(text)
             os.replace(partial, path)
+
+
+def text_of(data: dict[str, Any]) -> str:
+    """JSON with a line for each part, and for each item of a list: a case is a line."""
+    parts = []
+    for name, value in data.items():
+        body = json.dumps(value, default=str)
+        if isinstance(value, list) and value:
+            body = "[\n  " + ",\n  ".join(json.dumps(item, default=str) for item in value) + "\n ]"
+        parts.append(f" {json.dumps(name)}: {body}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def copies_of(path: Path) -> list[Path]:
@@ -69,7 +80,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "packages": packages(),

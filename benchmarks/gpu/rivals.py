@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.gpu.cases import Conv2d, Linear
 from benchmarks.gpu.clock import Call, Machine
-from benchmarks.gpu.weights import random_weight
 from lightning_hinm import HiNMPattern, unpack
+from lightning_hinm.format import random_weight
 
 TOLERANCE = 1e-2  # of two results in bfloat16
 CONV_COPIES = 64  # most copies of a convolution's weight: its images are many times larger
@@ -92,10 +93,8 @@ class Rivals:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch calls this tensor a prototype
 
-            def calls(algorithm: int) -> list[Call]:
-                return [partial(F.linear, rivals.x, Sparse.from_dense(dense, algorithm)) for _ in range(count)]
-
-            default = calls(0)
+            weights = [Sparse.from_dense(dense) for _ in range(count)]
+            default = [partial(F.linear, rivals.x, weight) for weight in weights]
             expected = F.linear(rivals.x, dense).float()
             error = float((default[0]().float() - expected).norm() / expected.norm())
             if not error < TOLERANCE:
@@ -107,9 +106,18 @@ class Rivals:
                 compressed = torch._cslt_compress(dense)
                 algorithm = torch._cslt_sparse_mm_search(compressed, rivals.x.t(), transpose_result=True)
                 if algorithm:
-                    rivals.cusparselt["cusparselt_searched"] = calls(algorithm)
-            except RuntimeError as error:
-                rivals.unavailable["cusparselt_searched"] = str(error)
+                    rivals.cusparselt["cusparselt_searched"] = [
+                        partial(F.linear, rivals.x, _with_algorithm(weight, algorithm)) for weight in weights
+                    ]
+            except Exception as failure:
+                rivals.unavailable["cusparselt_searched"] = f"{type(failure).__name__}: {failure}"
 
     def _randn(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.generator, device=self.machine.device, dtype=self.dtype)
+
+
+def _with_algorithm(weight: Any, algorithm: int) -> Tensor:
+    """The same compressed weight, multiplied by another of cuSPARSELt's algorithms."""
+    other = weight.detach()
+    other.alg_id_cusparselt = algorithm
+    return other

@@ -41,7 +41,7 @@ def environment(check: str) -> dict[str, str]:
 
 
 def verdict(code: int | None, said: str) -> str | None:
-    """None if it found nothing, else what is wrong. A tool that could not attach has no summary, whatever it returns."""
+    """None if it found nothing, else what is wrong. Whatever it returns, without a summary it checked nothing."""
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) \w+", said)
     if code == 0 and summaries and not any(int(count) for count in summaries):
         return None

@@ -3,7 +3,6 @@
 Weights rotate over enough copies that the L2 cache has forgotten one before its next turn. No bias, no activation.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +16,9 @@ from torch import Tensor
 from benchmarks.gpu.cases import Case, Conv2d, Linear
 from benchmarks.gpu.clock import PASS, Call, Clock, Machine, Pass, Time, eager_pass
 from benchmarks.gpu.rivals import CONV_COPIES, TOLERANCE, Rivals
-from benchmarks.gpu.weights import conv2d_operands, fragments_of, linear_operands, random_weight
-from lightning_hinm import HiNMWeight, unpack
+from benchmarks.gpu.weights import conv2d_operands, fragments_of, linear_operands
+from lightning_hinm import HiNMWeight, plan, unpack
+from lightning_hinm.format import random_weight
 from lightning_hinm.ops import cost, gpu, hinm_conv2d, hinm_linear
 from lightning_hinm.ops.operands import LinearOperands
 
@@ -87,7 +87,7 @@ class Speed:
         self, machine: Machine, clock: Clock, *, measured: cost.Gpu | None = None, seconds: float, cusparselt: bool
     ) -> None:
         self.machine, self.clock, self.measured, self.seconds = machine, clock, measured, seconds
-        self.generator = torch.Generator(machine.device).manual_seed(0)
+        self.generator, self.kind = torch.Generator(machine.device).manual_seed(0), (DTYPE, machine.device)
         self.rivals = Rivals(machine, DTYPE, self.generator, captured=cusparselt)
 
     def run(self, case: Case) -> Record:
@@ -144,7 +144,7 @@ class Speed:
             "feature": cost.Call(case.pattern, layer.rows, layer.columns, case.tokens, feature_major=True),
         }
         figures = self.machine.shared_limit, self.machine.gpu
-        dense = cost.predict_dense(calls["row"], self.machine.gpu)[0]
+        dense = cost.predict_dense(calls["row"], self.machine.gpu).seconds
         contenders = [
             Contender(Key("dense"), rivals.dense, predicted=dense, eager=True),
             Contender(Key("dense", "feature"), rivals.dense_feature, predicted=dense),
@@ -176,10 +176,11 @@ class Speed:
         facts["predicted"] = {storage: choice and choice.seconds for storage, choice in chosen.items()}
         facts["roof"] = {storage: choice and choice.roof for storage, choice in chosen.items()}
         facts["predicted_dense"] = dense
+        facts |= self._decide(plan.Workload((layer.rows, layer.columns), case.pattern, tuple(x.shape), *self.kind))
         if self.measured:
             known = self.machine.shared_limit, self.measured
             facts["remeasured"] = {
-                "dense": cost.predict_dense(calls["row"], self.measured)[0],
+                "dense": cost.predict_dense(calls["row"], self.measured).seconds,
                 **{path_of(choice): choice.seconds for choice in cost.list_kernels(calls["row"], *known)},
             }
         return contenders, facts, [{**asdict(Key(path)), "failed": why} for path, why in rivals.unavailable.items()]
@@ -233,7 +234,17 @@ class Speed:
             Contender(Key("dense", "channels_last"), rivals.channels_last),
             Contender(Key("op"), [partial(hinm_conv2d, rivals.x, *each) for each in copies], expected, eager=True),
         ]
-        return contenders, {"chosen": {"row": "op"}}, []
+        dilation, facts = (1, 1), Record(chosen={"row": "op"})
+        workload = plan.Workload(shape, case.pattern, tuple(rivals.x.shape), *self.kind, stride, padding, dilation)
+        predicted = plan.predict(workload)
+        facts |= {"predicted": {path: choice.seconds for path, choice in predicted.items()}}
+        return contenders, facts | self._decide(workload), []
+
+    def _decide(self, workload: plan.Workload) -> Record:
+        """What a model with this layer would do with it: decided by timing both once, as the library does."""
+        decision = plan.decide(workload)
+        times = {"dense": decision.dense_seconds, "sparse": decision.sparse_seconds}
+        return {"decided": {"path": decision.path, **times}}
 
 
 def copy_weight(operands: Any) -> Any:
@@ -262,6 +273,7 @@ def run_cases(
             record, failed = speed.run(case), 0
         except Exception as error:
             record, failed = {"failed": f"{type(error).__name__}: {error}"}, failed + 1
+            speed.rivals.last = None  # if memory was short, the next case starts with all of it
         keep({"case": str(case), **record})
         say(line_of(str(case), record))
     return []
@@ -280,15 +292,15 @@ def line_of(name: str, record: Record) -> str:
             continue
         storage = "" if entry["input"] == "row" else f" {entry['input']}"
         found = entry.get("seconds")
-        parts.append(f"{entry['path']}{storage} " + ("failed" if found is None else f"{dense / found:.2f}x"))
+        ratio = f"{dense / found:.2f}x" if found else "failed" if "failed" in entry else "not in a graph"
+        parts.append(f"{entry['path']}{storage} {ratio}")
     return ", ".join(parts)
 
 
 def seconds_of(record: Record, path: str, storage: str = "row", **variant: str) -> float | None:
-    """Of one contender, in a graph, else as Python calls it; None if there is no such time."""
+    """Of one contender, in a graph; None if there is no such time."""
     wanted = asdict(replace(Key(path, storage), **variant))
     for entry in record.get("times", ()):
         if all(entry[name] == value for name, value in wanted.items()):
-            found = entry.get("seconds", entry.get("eager"))
-            return found if found is not None and math.isfinite(found) else None
+            return entry.get("seconds")
     return None

@@ -1,14 +1,14 @@
 """The steps that run on the GPU, each in a process of its own: what they do, and where it is recorded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from benchmarks.gpu import correctness
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.clock import Clock, Machine
-from benchmarks.gpu.rates import Rates, prepare, print_row, row_of
+from benchmarks.gpu.rates import Rates, peaks_of, prepare, print_row
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.speed import Speed, run_cases
 from lightning_hinm.ops import cost
@@ -31,7 +31,7 @@ def sanitize(device: torch.device, table: correctness.Table, say: Say) -> bool:
 
 
 def measure(record: Record, machine: Machine, clock: Clock, say: Say, *, scale: int = 1) -> bool:
-    """What bounds the kernels, and the row of ``ops.cost.GPUS`` that follows from it."""
+    """What bounds the kernels, and rows of ``ops.figures.GPUS``: of the peaks, and of what the planner measures."""
     record.put("rates", {})
 
     def keep(name: str, numbers: dict) -> None:
@@ -41,11 +41,15 @@ def measure(record: Record, machine: Machine, clock: Clock, say: Say, *, scale: 
 
     prepare(machine.device)
     failures = Rates(machine, clock, scale).all(keep)
-    row = row_of(record.data["rates"], machine, machine.gpu.name)
-    capability = torch.cuda.get_device_capability(machine.device) if machine.device.type == "cuda" else (0, 0)
-    record.data["row"] = asdict(row) | {"python": print_row(row, capability)}
-    record.save()
-    say(f"a row for lightning_hinm.ops.cost.GPUS:\n    {record.data['row']['python']}")
+    on_gpu = machine.device.type == "cuda"
+    name = torch.cuda.get_device_name(machine.device).removeprefix("NVIDIA ") if on_gpu else machine.gpu.name
+    capability = torch.cuda.get_device_capability(machine.device) if on_gpu else (0, 0)
+    rows = {"peaks": peaks_of(record.data["rates"], machine, name)}
+    if "failed" not in record.data["rates"]["tune"]:
+        rows["row"] = replace(cost.Gpu(**record.data["rates"]["tune"]), name=name)
+    for part, row in rows.items():
+        record.put(part, asdict(row) | {"python": print_row(row, capability)})
+        say(f"{part}, for lightning_hinm.ops.figures.GPUS:\n    {record.data[part]['python']}")
     # cuSPARSELt is a rival, not a part: that it cannot run is a fact to record.
     return not [failure for failure in failures if not failure.startswith("cusparselt:")]
 

@@ -26,7 +26,8 @@ from lightning_hinm.ops.operands import (
 SHORT = {torch.float16: "f16", torch.bfloat16: "bf16"}
 ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
 MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
-MOST_IMAGES = 65535
+MOST_IMAGES = 65535  # blocks along y and z of a grid
+MOST_TOKENS = MOST_IMAGES * 64  # 64 is what the least of blocks takes
 PLANES_BYTES = 1 << 28  # of shifted planes at a time
 
 
@@ -47,7 +48,9 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
 
 def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
     """One call on the kernel that was chosen: ``[N, I]`` -> ``out``, ``[N, O]``, contiguous."""
-    {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel](tokens, out, operands, choice)
+    run = {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel]
+    for first in range(0, len(tokens), MOST_TOKENS):
+        run(tokens[first : first + MOST_TOKENS], out[first : first + MOST_TOKENS], operands, choice)
 
 
 def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
@@ -77,7 +80,8 @@ def _gather(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choic
     for first in range(0, len(tokens), step):
         part, out_part = tokens[first : first + step], out[first : first + step]
         columns, pitch = part.t(), -(-len(part) // ALIGNED) * ALIGNED
-        if not (_is_feature_major(part) and columns.stride(0) % ALIGNED == 0 and columns.data_ptr() % 16 == 0):
+        aligned = columns.stride(0) % ALIGNED == 0 and columns.data_ptr() % 16 == 0
+        if not (_is_feature_major(part) and aligned and columns.stride(0) * i < MOST_NUMBERS):
             columns = _turn(part, part.new_empty(i, pitch))
         rows = out.new_empty(o, pitch)
         _launch_gather(columns, rows, operands, Image(len(part), columns.stride(0), i))
