@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,9 +26,10 @@ TARGET = "sm_80"
 PLAIN = {"ptx_version": "7.4", "driver": 11040, "capability": [[8, 0], [9, 99]]}
 ORDERED = {"ptx_version": "8.5", "driver": 12050, "capability": [[10, 0], [99, 99]]}
 ANY = {**PLAIN, "capability": [[8, 0], [99, 99]]}
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
-UNKNOWN_TO_11 = ("sm_100", "sm_103", "sm_120")  # to CUDA 11's assembler
+KNOWN_TO_11 = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")  # to CUDA 11's assembler
+ARCHITECTURES = (*KNOWN_TO_11, "sm_88", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 
+OUT_BYTES = 32 * 260 * 4  # of the windowed kernel's output, where its input was
 DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
 PACKING = {
@@ -88,22 +90,27 @@ def describe_entries() -> dict[str, dict[str, Any]]:
                 "grid": [["packed_rows", 32], ["tokens", tokens], 1],
                 "shared": {"bytes": 0, "per": {"pitch": 2 * tokens}},
             }
-        for rows in (32, 64):
-            for tokens in (128, 64):
-                entries[f"windowed_{short}_{rows}_{tokens}"] = {
-                    "kernel": "windowed",
-                    "parameters": [
-                        *_weight(dtype, "[tokens, columns], rows x_stride apart", "[tokens, rows], out_stride apart"),
-                        *_numbers("tokens", "packed_rows", "columns", "x_stride", "out_stride", "vector_size", "kept"),
-                        *_numbers("window", "kept_of_window", "kept_of_last", "activation"),
-                    ],
-                    "rules": f"vector_size is a multiple of {rows}; columns, x_stride and window are multiples of 8; "
-                    "window = columns where there is one run; kept_of_window is that of each run but the last, "
-                    "kept_of_last of the last, both multiples of 32",
-                    "block": 256,
-                    "grid": [["packed_rows", 256], ["tokens", tokens], 1],
-                    "shared": {"bytes": 512 * tokens, "per": {"window": 2 * tokens}},
-                }
+        for rows, tokens, suffix in product((32, 64), (128, 64), ("", "_features")):
+            storage = "[columns, tokens]" if suffix else "[tokens, columns]"
+            entries[f"windowed_{short}_{rows}_{tokens}{suffix}"] = {
+                "kernel": "windowed",
+                "parameters": [
+                    *_weight(dtype, f"{storage}, rows x_stride apart", "[tokens, rows], out_stride apart"),
+                    *_numbers("tokens", "packed_rows", "columns", "x_stride", "out_stride", "vector_size", "kept"),
+                    *_numbers("window", "held", "kept_of_window", "kept_of_last", "activation"),
+                ],
+                "rules": f"vector_size is a multiple of {rows}; columns, x_stride and window are multiples of 8; "
+                "window = columns where there is one run; kept_of_window is that of each run but the last, "
+                "kept_of_last of the last, both multiples of 32; "
+                + (
+                    f"held = max(window times 2, or times 1 where there is one run, {-(-OUT_BYTES // (2 * tokens))})"
+                    if suffix
+                    else "held = window"
+                ),
+                "block": 256,
+                "grid": [["packed_rows", 256], ["tokens", tokens], 1],
+                "shared": {"bytes": 0 if suffix else 512 * tokens, "per": {"held": 2 * tokens}},
+            }
         for rows in (32, 64, 128):
             entries[f"gather_{short}_{rows}"] = {
                 "kernel": "gather",
@@ -165,7 +172,7 @@ def build(folder: Path, assemblers: Sequence[str] = ("ptxas",)) -> None:
             if not lowest <= list(divmod(int(architecture[3:]), 10)) <= highest:
                 continue
             for assembler in assemblers:
-                if "V11." in _run(assembler, "--version") and architecture in UNKNOWN_TO_11:
+                if "V11." in _run(assembler, "--version") and architecture not in KNOWN_TO_11:
                     continue
                 for name, used in assemble(folder / text["file"], architecture, assembler).items():
                     most = resources[name].setdefault(architecture, used)

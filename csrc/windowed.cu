@@ -1,12 +1,13 @@
-// y = activate(W x + bias) on row-major storage, for many tokens: x is [tokens, columns], y is [tokens, rows].
+// y = activate(W x + bias) for many tokens: x is [tokens, columns], or feature-major, y is [tokens, rows].
 //
 // The columns of a windowed pattern are cut into runs, and no group of kept vectors crosses a run. So a CTA brings in
-// one run of columns at a time, whole and coalesced, whatever was kept of it, and turns it in shared memory; there
-// every tile of the CTA gathers its own rows as ldmatrix addresses. How much of the input moves does not depend on the
-// height of a tile. A pattern without windows is one run: all columns are held at once.
+// one run of columns at a time, whole and coalesced, whatever was kept of it; in shared memory every tile of the CTA
+// gathers its own rows as ldmatrix addresses. How much of the input moves does not depend on the height of a tile. A
+// pattern without windows is one run: all columns are held at once.
 //
-// One CTA computes 256 packed rows for TOKENS tokens, with 8 warps. Input passes through two buffers of CHUNK columns,
-// so that the next ones arrive while a run is multiplied.
+// One CTA computes 256 packed rows for TOKENS tokens, with 8 warps. Row-major input passes through two buffers of CHUNK
+// columns, and is turned on its way from there to the run; feature-major input comes straight into one of two runs.
+// Either way the next columns arrive while a run is multiplied.
 #include "hinm.cuh"
 
 constexpr int ROWS = 256;
@@ -22,18 +23,19 @@ struct Shape {
     static constexpr int ROW_WARPS = ROWS / WARP_ROWS;
     static constexpr int WARP_TOKENS = TOKENS / (WARPS / ROW_WARPS);
     static constexpr int BUFFER = TOKENS * CHUNK * 2;  // bytes
-    static_assert(OUT_TOKENS * OUT_PITCH * 4 <= 2 * BUFFER + TOKENS * 8 * 2, "beside the shortest run");
+    static_assert(OUT_TOKENS * OUT_PITCH * 4 <= 2 * BUFFER + TOKENS * 8 * 2, "the output beside the shortest run");
 };
 
-template <typename Type, int WARP_ROWS, int TOKENS>
+template <typename Type, int WARP_ROWS, int TOKENS, bool FEATURE_MAJOR>
 __device__ __forceinline__ void windowed(
     const uint16_t* __restrict__ x, const uint16_t* __restrict__ values, const uint32_t* __restrict__ metadata,
     const uint16_t* __restrict__ vector_index, const int* __restrict__ rows, const uint16_t* __restrict__ bias,
     uint16_t* __restrict__ out, int tokens, int packed_rows, int columns, int x_stride, int out_stride,
     int vector_size, int kept, int window, int kept_of_window, int kept_of_last, int activation) {
     using S = Shape<WARP_ROWS, TOKENS>;
-    extern __shared__ __align__(256) uint8_t memory[];  // buffers [2, TOKENS, CHUNK], then the run [window, TOKENS]
-    uint8_t* run = memory + 2 * S::BUFFER;
+    // Row-major: buffers [2, TOKENS, CHUNK], then the run [window, TOKENS]. Feature-major: one or two runs.
+    extern __shared__ __align__(256) uint8_t memory[];
+    auto run_of = [&](int r) { return memory + (FEATURE_MAJOR ? r % 2 * window * TOKENS * 2 : 2 * S::BUFFER); };
 
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const int warp_row = warp % S::ROW_WARPS * WARP_ROWS, warp_token = warp / S::ROW_WARPS * S::WARP_TOKENS;
@@ -69,13 +71,25 @@ __device__ __forceinline__ void windowed(
             uint32_t pairs[4];  // of column g: tokens 8 j + 2 t and the next
             const int token = tokens32 + lane;
             load_matrices_transposed(pairs, from + token * CHUNK * 2 + ((chunk ^ (token & 7)) << 4));
-            uint8_t* row = run + column * TOKENS * 2 + 4 * t;
+            uint8_t* row = run_of(0) + column * TOKENS * 2 + 4 * t;
             if (column < end) {
 #pragma unroll
                 for (int j = 0; j < 4; ++j)
                     *reinterpret_cast<uint32_t*>(row + (((tokens32 / 8 + j) ^ (column & 7)) << 4)) = pairs[j];
             }
         }
+    };
+
+    // Run r, feature-major: 16 bytes are 8 tokens of one column, exchanged by the column as above.
+    auto fetch_run = [&](int r) {
+        const int count = min(window, columns - r * window);
+        const int chunk = threadIdx.x % (TOKENS / 8), token = first_token + chunk * 8;
+        const int bytes = max(0, min(8, tokens - token)) * 2;
+        const uint16_t* from = x + int64_t(r) * window * x_stride + (bytes ? token : 0);
+#pragma unroll 4
+        for (int column = threadIdx.x / (TOKENS / 8); column < count; column += THREADS / (TOKENS / 8))
+            copy_async(shared_address(run_of(r) + column * TOKENS * 2 + ((chunk ^ (column & 7)) << 4)),
+                       from + int64_t(column) * x_stride, bytes);
     };
 
     constexpr int BLOCKS = WARP_ROWS / 16, N_BLOCKS = S::WARP_TOKENS / 8;
@@ -97,9 +111,9 @@ __device__ __forceinline__ void windowed(
         return w;
     };
     float sums[BLOCKS][N_BLOCKS][4] = {};
-    auto multiply = [&](const Weights& w, int first_column) {
-        const int column = w.column - first_column;
-        const uint32_t row = shared_address(run + column * TOKENS * 2);
+    auto multiply = [&](const Weights& w, int r) {
+        const int column = w.column - r * window;
+        const uint32_t row = shared_address(run_of(r) + column * TOKENS * 2);
 #pragma unroll
         for (int n = 0; n < N_BLOCKS; ++n) {
             uint32_t b[4];
@@ -113,19 +127,30 @@ __device__ __forceinline__ void windowed(
     };
 
     const int chunks = runs * chunks_of_run;
-    fetch(0);
-    commit_copies();
-    if (chunks > 1) fetch(1);
-    commit_copies();
-    // The last run may be shorter; its steps are what is left.
+    if constexpr (FEATURE_MAJOR) {
+        fetch_run(0);
+        commit_copies();
+    } else {
+        fetch(0);
+        commit_copies();
+        if (chunks > 1) fetch(1);
+        commit_copies();
+    }
     for (int r = 0, step = 0; r < runs; ++r) {
-        for (int c = r * chunks_of_run; c < (r + 1) * chunks_of_run; ++c) {
-            wait_copies<1>();
-            __syncthreads();  // chunk c is there for all warps, and all are done with the run before
-            transpose(c);
-            __syncthreads();  // its buffer is free
-            if (c + 2 < chunks) fetch(c + 2);
+        if constexpr (FEATURE_MAJOR) {
+            wait_copies<0>();
+            __syncthreads();  // run r is there for all warps, and all are done with the one before
+            if (r + 1 < runs) fetch_run(r + 1);
             commit_copies();
+        } else {
+            for (int c = r * chunks_of_run; c < (r + 1) * chunks_of_run; ++c) {
+                wait_copies<1>();
+                __syncthreads();  // chunk c is there for all warps, and all are done with the run before
+                transpose(c);
+                __syncthreads();  // its buffer is free
+                if (c + 2 < chunks) fetch(c + 2);
+                commit_copies();
+            }
         }
         if (!active) continue;
         const int end = step + (r + 1 < runs ? kept_of_window : kept_of_last) / 32;
@@ -133,7 +158,7 @@ __device__ __forceinline__ void windowed(
         while (step < end) {
             const Weights now = next;
             if (++step < end) next = load(step);
-            multiply(now, r * window);
+            multiply(now, r);
         }
     }
 
@@ -177,29 +202,35 @@ __device__ __forceinline__ void windowed(
     }
 }
 
-#define WINDOWED(NAME, TYPE, WARP_ROWS, TOKENS)                                                                       \
+#define WINDOWED_ENTRY(NAME, TYPE, WARP_ROWS, TOKENS, FEATURE_MAJOR)                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                                       \
-        const uint16_t* x,        /* 16 bit  [tokens, columns], rows x_stride apart, both multiples of 8 */           \
+        const uint16_t* x,        /* 16 bit  [tokens, columns], rows x_stride apart, both multiples of 8; or */       \
+                                  /*         feature-major: [columns, tokens], rows x_stride apart, a multiple of 8 */\
         const uint16_t* values,   /* 16 bit  fragments, see hinm.cuh */                                               \
         const uint32_t* metadata, /* uint32  fragments */                                                             \
-        const uint16_t* vector_index,    /* uint16  [tiles, kept] */                                                         \
+        const uint16_t* vector_index, /* uint16  [tiles, kept] */                                                     \
         const int* rows,          /* int32   [packed_rows = tiles * vector_size] */                                   \
         const uint16_t* bias,     /* 16 bit  [output rows], or null */                                                \
         uint16_t* out,            /* 16 bit  [tokens, output rows], rows out_stride apart */                          \
         int tokens, int packed_rows, int columns, int x_stride, int out_stride, int vector_size, int kept, int window,\
+        int held,                 /* columns that shared memory has room for: see the manifest */                     \
         int kept_of_window,       /* of the kept vectors, those of each run but the last, a multiple of 32 */         \
         int kept_of_last, int activation) {                                                                           \
-        windowed<TYPE, WARP_ROWS, TOKENS>(x, values, metadata, vector_index, rows, bias, out, tokens, packed_rows, columns,  \
-                                          x_stride, out_stride, vector_size, kept, window, kept_of_window,            \
-                                          kept_of_last, activation);                                                  \
+        windowed<TYPE, WARP_ROWS, TOKENS, FEATURE_MAJOR>(x, values, metadata, vector_index, rows, bias, out, tokens,  \
+                                                         packed_rows, columns, x_stride, out_stride, vector_size, kept,\
+                                                         window, kept_of_window, kept_of_last, activation);           \
     }
 
 // Tiles of 32 rows have warps of their own; 64 tokens where 128 would not fit into shared memory.
-WINDOWED(windowed_f16_32_128, Half, 32, 128)
-WINDOWED(windowed_f16_64_128, Half, 64, 128)
-WINDOWED(windowed_f16_32_64, Half, 32, 64)
-WINDOWED(windowed_f16_64_64, Half, 64, 64)
-WINDOWED(windowed_bf16_32_128, Bfloat16, 32, 128)
-WINDOWED(windowed_bf16_64_128, Bfloat16, 64, 128)
-WINDOWED(windowed_bf16_32_64, Bfloat16, 32, 64)
-WINDOWED(windowed_bf16_64_64, Bfloat16, 64, 64)
+#define WINDOWED(NAME, TYPE)                                  \
+    WINDOWED_ENTRY(NAME##_32_128, TYPE, 32, 128, false)        \
+    WINDOWED_ENTRY(NAME##_64_128, TYPE, 64, 128, false)        \
+    WINDOWED_ENTRY(NAME##_32_64, TYPE, 32, 64, false)          \
+    WINDOWED_ENTRY(NAME##_64_64, TYPE, 64, 64, false)          \
+    WINDOWED_ENTRY(NAME##_32_128_features, TYPE, 32, 128, true) \
+    WINDOWED_ENTRY(NAME##_64_128_features, TYPE, 64, 128, true) \
+    WINDOWED_ENTRY(NAME##_32_64_features, TYPE, 32, 64, true)   \
+    WINDOWED_ENTRY(NAME##_64_64_features, TYPE, 64, 64, true)
+
+WINDOWED(windowed_f16, Half)
+WINDOWED(windowed_bf16, Bfloat16)

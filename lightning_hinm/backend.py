@@ -13,7 +13,13 @@ from torch import Tensor, fx, nn
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.modules import HiNMLayer, pack_layer, pack_weight
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
-from lightning_hinm.passes import LayerCall, find_layer_calls, sparsify_layers_pass
+from lightning_hinm.passes import (
+    LayerCall,
+    find_fused_calls,
+    find_layer_calls,
+    sparsify_layers_pass,
+    unfuse_encoder_layers_pass,
+)
 from lightning_hinm.pattern import layer_kind
 from lightning_hinm.plan import TOKENS, decide, workload_of
 from lightning_hinm.prune import LAYOUT_ATTRIBUTE, layout_of
@@ -95,7 +101,7 @@ def hinm_backend(
     inner = lookup_backend(inner_name)
     if plan == "dense":
         return inner(gm, example_inputs)
-    calls = find_layer_calls(gm)
+    calls = find_layer_calls(gm) + find_fused_calls(gm)
     layers = _find_layers(gm, example_inputs)
     layouts = {node: layout for node, layer in layers.items() if (layout := layout_of(layer.module)) is not None}
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
@@ -115,7 +121,8 @@ def hinm_backend(
     twins = _make_twins(layers, {node: layout for node, layout in layouts.items() if node in reached})
     if plan == "auto":
         twins = {node: twin for node, twin in twins.items() if _pays(node, twin, calls)}
-    sparsify_layers_pass(gm, {node.name: twin.layer for node, twin in twins.items()})
+    packed = {node.name: twin.layer for node, twin in twins.items()}
+    sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     checks = [(positions[node], twin) for node, twin in twins.items()]
     compiled = inner(gm, example_inputs)
@@ -289,8 +296,7 @@ def _warn_out_of_reach(weights: Mapping[str, fx.Node]) -> None:
         )
         _warn_once(
             f"torch.compile(backend='hinm'): {len(weights)} pruned layers run dense ({_few(list(weights))}), because "
-            f"{_few(users)} takes their weights by itself. Use to_hinm(model), or keep nn.TransformerEncoderLayer from "
-            "its fused kernel by torch.backends.mha.set_fastpath_enabled(False)."
+            f"{_few(users)} takes their weights by itself. Only a call of the layer becomes a sparse op."
         )
 
 

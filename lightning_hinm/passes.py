@@ -1,7 +1,8 @@
 """Graph rewrites on what Dynamo hands to a backend: weights are placeholders, layers are functions of them."""
 
 import logging
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,12 @@ _TARGETS: dict[Any, tuple[str, tuple[str, ...]]] = {
     torch.conv2d: ("conv2d", _CONVOLUTION),
     torch.addmm: ("hf_conv1d", ("input", "mat1", "mat2")),
 }
+_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
+_ENCODER_PARAMETERS = (
+    *("src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu", "norm_first"),
+    *("eps", "norm_weight_1", "norm_bias_1", "norm_weight_2", "norm_bias_2"),
+    *("ffn_weight_1", "ffn_bias_1", "ffn_weight_2", "ffn_bias_2", "mask", "mask_type"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,84 @@ def find_layer_calls(gm: fx.GraphModule) -> list[LayerCall]:
             continue
         calls.append(LayerCall(node, kind, x, weight, bias, given))
     return calls
+
+
+def find_fused_calls(gm: fx.GraphModule) -> list[LayerCall]:
+    """The linear layers inside fused ``nn.TransformerEncoderLayer`` nodes; ``x`` is the input of the whole layer."""
+    calls = []
+    for node in gm.graph.find_nodes(op="call_function", target=_ENCODER_LAYER):
+        given = _encoder_arguments(node)
+        for i in (1, 2):
+            weight, bias = given[f"ffn_weight_{i}"], given[f"ffn_bias_{i}"]
+            if weight.op == "placeholder":
+                calls.append(LayerCall(node, "linear", given["src"], weight, bias, {}))
+    return calls
+
+
+def unfuse_encoder_layers_pass(gm: fx.GraphModule, weights: Set[str]) -> fx.GraphModule:
+    """Every fused encoder layer that reads one of ``weights`` becomes its attention and its two linear layers.
+
+    Before::
+
+        %y = torch._transformer_encoder_layer_fwd(%x, ..., %weight_1, %bias_1, %weight_2, %bias_2, %mask, mask_type)
+
+    After (with ``norm_first``, the norms stand before the attention and before the linear layers instead)::
+
+        %attention = torch._native_multi_head_attention(%x, %x, %x, ..., %mask, False, True, mask_type)[0]
+        %h = layer_norm(%attention + %x)
+        %y = layer_norm(linear(relu(linear(%h, %weight_1, %bias_1)), %weight_2, %bias_2) + %h)
+
+    Equal, because the fused kernel consists of these very calls. (On a GPU it rounds gelu to its tanh form; the layer
+    itself, and so the graph after, does not.)
+
+    Args:
+        gm: rewritten in place.
+        weights: names of placeholders.
+
+    Returns:
+        ``gm``.
+    """
+    count = 0
+    for node in gm.graph.find_nodes(op="call_function", target=_ENCODER_LAYER):
+        given = _encoder_arguments(node)
+        if not weights & {given["ffn_weight_1"].name, given["ffn_weight_2"].name}:
+            continue
+        with gm.graph.inserting_before(node):
+            new = _call_parts(gm.graph, given)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        count += 1
+    if count:
+        gm.graph.lint()
+        gm.recompile()
+        log.info("unfuse_encoder_layers_pass: %d layers", count)
+    return gm
+
+
+def _encoder_arguments(node: fx.Node) -> dict[str, Any]:
+    absent = {"mask": None, "mask_type": None}
+    return absent | dict(zip(_ENCODER_PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _call_parts(graph: fx.Graph, given: Mapping[str, Any]) -> fx.Node:
+    def norm(x: fx.Node, i: int) -> fx.Node:
+        numbers = ((given["embed_dim"],), given[f"norm_weight_{i}"], given[f"norm_bias_{i}"], given["eps"])
+        return graph.call_function(F.layer_norm, (x, *numbers))
+
+    def linear(x: fx.Node, i: int) -> fx.Node:
+        return graph.call_function(F.linear, (x, given[f"ffn_weight_{i}"], given[f"ffn_bias_{i}"]))
+
+    x, first = given["src"], given["norm_first"]
+    y = norm(x, 1) if first else x
+    names = ("embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "mask")
+    attention = (y, y, y, *(given[name] for name in names), False, True, given["mask_type"])
+    y = graph.call_function(operator.getitem, (graph.call_function(torch._native_multi_head_attention, attention), 0))
+    x = graph.call_function(torch.add, (y, x))
+    x = x if first else norm(x, 1)
+    y = graph.call_function(F.gelu if given["use_gelu"] else F.relu, (linear(norm(x, 2) if first else x, 1),))
+    x = graph.call_function(torch.add, (linear(y, 2), x))
+    return x if first else norm(x, 2)
 
 
 def sparsify_layers_pass(gm: fx.GraphModule, layers: Mapping[str, HiNMLayer]) -> fx.GraphModule:

@@ -268,8 +268,9 @@ def test_every_entry_that_a_choice_launches_is_in_the_manifest() -> None:
     with emulated():
         checker = correctness.Checker(CPU, CPU)
         for matrix in correctness.FULL.matrices:
-            for choice in [choice for n in matrix.tokens for choice in checker._choices(matrix, n)]:
-                named |= {correctness.entry_of(choice, matrix.pattern, dtype) for dtype in correctness.TOLERANCES}
+            for choice, features in [way for n in matrix.tokens for way in checker._ways(matrix, n)]:
+                for dtype in correctness.TOLERANCES:
+                    named.add(correctness.entry_of(choice, matrix.pattern, dtype, features=features))
     assert named == entries
 
 

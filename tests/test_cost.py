@@ -88,7 +88,7 @@ def test_shared_memory_is_what_the_manifest_says(vector_size: int) -> None:
     height, kept = vector_size, padded_kept(pattern, 2048)
     entries = {
         "decode": ("decode_f16_{}", {"pitch": cost.decode_pitch(2048)}),
-        "windowed": (f"windowed_f16_{min(height, 64)}_{{}}", {"window": 256}),
+        "windowed": (f"windowed_f16_{min(height, 64)}_{{}}", {"held": 256}),
         "gather": (f"gather_f16_{height}", {"kept": kept}),
     }
     static = {"decode": 1152}  # a token's partial sums

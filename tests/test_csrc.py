@@ -21,7 +21,6 @@ TEXTS = [text for texts in MANIFEST["texts"].values() for text in texts]
 # Of a parameter in the manifest, its type in the text.
 PARAMETER_TYPES = {"pointer": "u64", "int32": "u32", "int64": "u64", "float32": "f32"}
 NEWEST, OLDEST = "nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu11"
-OLDEST_KNOWS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 
 def ptxas_of(package: str) -> str:
@@ -60,7 +59,7 @@ def test_the_newest_assembler_takes_every_text(file: str, architecture: str) -> 
     check_assembly(file, architecture, ptxas_of(NEWEST))
 
 
-@pytest.mark.parametrize("architecture", OLDEST_KNOWS)
+@pytest.mark.parametrize("architecture", build.KNOWN_TO_11)
 @pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["ptx_version"] == "7.4"])
 def test_the_oldest_assembler_takes_the_texts_for_old_drivers(file: str, architecture: str) -> None:
     check_assembly(file, architecture, ptxas_of(OLDEST))

@@ -53,7 +53,7 @@ def only(kernel: str, tokens: int | None = None) -> Iterator[None]:
     offered = cost.list_kernels
 
     def list_kernels(call: Call, shared_limit: int, gpu: cost.Gpu) -> list[Choice]:
-        found = [choice for choice in offered(call, shared_limit, gpu) if choice.kernel == kernel]
+        found = [choice for choice in offered(call, shared_limit, gpu) if kernel.startswith(choice.kernel)]
         return [choice for choice in found if tokens in (None, choice.tokens)]
 
     cost.choose_kernel.cache_clear()
@@ -77,6 +77,16 @@ def run_linear(packed: HiNMWeight, x: Tensor, bias: Tensor | None, activation: s
     return found, activate(expected, activation)
 
 
+def tokens_for(kernel: str, tokens: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Random tokens in the storage that the kernel takes as it lies."""
+    x = numbers(tokens, columns, dtype=dtype).to(device)
+    if not kernel.endswith("_features"):
+        return x
+    rows = torch.full((columns, -(-tokens // 8) * 8), float("nan"), dtype=dtype, device=device)  # aligned by a margin
+    rows[:, :tokens] = x.t()
+    return rows[:, :tokens].t()
+
+
 def check_linear(packed: HiNMWeight, x: Tensor, bias: Tensor | None, activation: str = "none") -> None:
     found, expected = run_linear(packed, x, bias, activation)
     assert relative_error(found, expected) < TOLERANCE[x.dtype]
@@ -91,6 +101,10 @@ ENTRIES = [
     ("windowed", 128, 70, 600, 12, HiNMPattern(64, 0.75, window=104)),
     ("windowed", 64, 33, 601, 65, HiNMPattern(32, 0.5, window=136)),
     ("windowed", 64, 520, 64, 3, HiNMPattern(128, 0.0)),
+    ("windowed_features", 128, 300, 91, 131, HiNMPattern(32, 0.5)),
+    ("windowed_features", 128, 70, 600, 12, HiNMPattern(64, 0.75, window=104)),
+    ("windowed_features", 64, 33, 601, 65, HiNMPattern(32, 0.5, window=136)),
+    ("windowed_features", 64, 520, 64, 3, HiNMPattern(128, 0.0)),
     ("gather", 128, 70, 150, 9, HiNMPattern(32, 0.5, window=20)),
     ("gather", 128, 100, 90, 133, HiNMPattern(64, 0.25, window=None)),
     ("gather", 128, 250, 200, 8, HiNMPattern(128, 0.75, window=None)),
@@ -104,10 +118,11 @@ def test_every_entry_computes_the_layer(case: tuple[Any, ...], dtype: torch.dtyp
     kernel, block, rows, columns, tokens, pattern = case
     packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype, tile_order=tile_order)
     with emulated() as emulator, only(kernel, block):
-        check_linear(packed, numbers(tokens, columns, dtype=dtype), numbers(rows, dtype=dtype))
-    assert any(
-        name.startswith(f"{kernel}_{'bf16' if dtype == torch.bfloat16 else 'f16'}") for name in emulator.launched
-    )
+        check_linear(packed, tokens_for(kernel, tokens, columns, dtype), numbers(rows, dtype=dtype))
+    family, *features = kernel.split("_")
+    short = "bf16" if dtype == torch.bfloat16 else "f16"
+    (own,) = [name for name in emulator.launched if name.startswith(f"{family}_{short}")]
+    assert own.endswith("_features") == bool(features)
 
 
 @pytest.mark.parametrize("case", ENTRIES[::2], ids=str)
@@ -115,7 +130,7 @@ def test_every_entry_computes_the_layer(case: tuple[Any, ...], dtype: torch.dtyp
 def test_the_texts_for_newer_gpus_compute_the_same(case: tuple[Any, ...], schedule: str) -> None:
     kernel, block, rows, columns, tokens, pattern = case
     packed = packed_layer(rows, columns, pattern=pattern, dtype=torch.float16)
-    x = numbers(tokens, columns, dtype=torch.float16)
+    x = tokens_for(kernel, tokens, columns, torch.float16)
     outputs = []
     for ordered in (False, True):
         with emulated(ordered=ordered, schedule=schedule, seed=3), only(kernel, block):
@@ -160,7 +175,7 @@ def test_every_height_of_a_tile_runs(vector_size: int, kernel: str) -> None:
     rows=st.integers(1, 300),
     columns=st.integers(4, 300),
     tokens=st.integers(1, 140),
-    kernel=st.sampled_from(["decode", "windowed", "gather"]),
+    kernel=st.sampled_from(["decode", "windowed", "windowed_features", "gather"]),
     vector_size=st.sampled_from([32, 64, 128]),
     vector_sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]),
     window=st.sampled_from([None, 16, 40, 256]),
@@ -173,7 +188,7 @@ def test_random_shapes_agree(
     packed = packed_layer(rows, columns, pattern=HiNMPattern(**fields), dtype=dtype)
     tokens = min(tokens, cost.DECODE_TOKENS) if kernel == "decode" else tokens
     with emulated(schedule="warps" if seed % 2 else "lockstep", seed=seed), only(kernel):
-        check_linear(packed, numbers(tokens, columns, dtype=dtype), numbers(rows, dtype=dtype))
+        check_linear(packed, tokens_for(kernel, tokens, columns, dtype), numbers(rows, dtype=dtype))
 
 
 CONVOLUTIONS = [
@@ -420,11 +435,13 @@ def test_layers_are_timed_on_their_kernels() -> None:
 MUTATED = {
     "decode": (16, 70, 1480, 11, HiNMPattern(64, 0.25, window=None)),
     "windowed": (64, 300, 896, 70, HiNMPattern(64, 0.5, window=192)),  # nothing pads the kept vectors
+    "windowed_features": (64, 300, 896, 70, HiNMPattern(64, 0.5, window=192)),
     "gather": (128, 70, 300, 70, HiNMPattern(64, 0.0, window=None)),
 }
 BOUNDS = {
     "decode": ["tokens", "columns"],
     "windowed": ["tokens", "packed_rows", "columns", "kept_of_last"],
+    "windowed_features": ["tokens", "packed_rows", "columns", "kept_of_last"],
     "gather": ["tokens", "kept", "plane"],
 }
 SAMPLE = 6  # mutants of one kind that are run, spread over the text
@@ -434,8 +451,8 @@ def is_caught(kernel: str, text: str) -> bool:
     """Whether the interpreter faults on the text, or its result is wrong."""
     block, rows, columns, tokens, pattern = MUTATED[kernel]
     packed = packed_layer(rows, columns, pattern=pattern, dtype=torch.float16)
-    x = numbers(tokens, columns, dtype=torch.float16)
-    with emulated(texts={f"{kernel}.ptx": text}), only(kernel, block):
+    x = tokens_for(kernel, tokens, columns, torch.float16)
+    with emulated(texts={f"{kernel.split('_')[0]}.ptx": text}), only(kernel, block):
         try:
             found, expected = run_linear(packed, x, None)
         except Fault:
@@ -444,9 +461,9 @@ def is_caught(kernel: str, text: str) -> bool:
 
 
 def mutated_text(kernel: str) -> str:
-    block = MUTATED[kernel][0]
-    name = {"decode": f"decode_f16_{block}", "windowed": f"windowed_f16_64_{block}", "gather": "gather_f16_64"}[kernel]
-    return entry_text((kernels.FOLDER / f"{kernel}.ptx").read_text(), name)
+    family, *features = kernel.split("_")
+    own = {"decode": "16", "windowed": "64_64", "gather": "64"}[family]
+    return entry_text((kernels.FOLDER / f"{family}.ptx").read_text(), "_".join([family, "f16", own, *features]))
 
 
 @pytest.mark.parametrize("kernel", list(MUTATED))
@@ -470,7 +487,8 @@ def test_a_mistake_in_the_text_is_caught(kernel: str, mistake: str) -> None:
 
 @pytest.mark.parametrize(("kernel", "bound"), [(kernel, bound) for kernel in BOUNDS for bound in BOUNDS[kernel]])
 def test_a_bound_that_is_loosened_is_caught(kernel: str, bound: str) -> None:
-    entry = next(entry for name, entry in kernels.entries().items() if name.startswith(f"{kernel}_f16_"))
+    family = kernel.split("_")[0]
+    entry = next(entry for name, entry in kernels.entries().items() if name.startswith(f"{family}_f16_"))
     place = [parameter.name for parameter in entry.parameters].index(bound)
     found = list(mutants(mutated_text(kernel), "a bound that is loosened", place))
     assert found
@@ -479,7 +497,7 @@ def test_a_bound_that_is_loosened_is_caught(kernel: str, bound: str) -> None:
 
 def test_an_index_out_of_range_faults_in_the_interpreter() -> None:
     packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
-    for kernel in MUTATED:
+    for kernel in ("decode", "windowed", "gather"):
         with emulated(), only(kernel):
             expanded = expand_all(packed)
             bad = expanded["columns"].to(torch.int32) + 64  # type: ignore[union-attr]
@@ -535,7 +553,7 @@ def test_every_entry_computes_the_layer_on_a_gpu(case: tuple[Any, ...], dtype: t
     kernel, block, rows, columns, tokens, pattern = case
     packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype).to("cuda")
     with only(kernel, block):
-        check_linear(packed, numbers(tokens, columns, dtype=dtype).cuda(), numbers(rows, dtype=dtype).cuda())
+        check_linear(packed, tokens_for(kernel, tokens, columns, dtype, "cuda"), numbers(rows, dtype=dtype).cuda())
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -193,12 +193,14 @@ class Checker:
             x = self._randn(n, matrix.columns, dtype=dtype)
             exact = {order: F.linear(x.double(), dense) for order, (_, dense) in weights.items()}
             here = x.to(self.device)
-            for choice in self._choices(matrix, n):
-                activation, order, biased = self._turn(choice, matrix.pattern, dtype)
+            for choice, features in self._ways(matrix, n):
+                entry = entry_of(choice, matrix.pattern, dtype, features=features)
+                activation, order, biased = self._turn(entry, dtype)
                 own = weights[order][0]._replace(bias=here_bias if biased else None, activation=activation)
-                name = f"{matrix}, {n} tokens, {dtype}, {choice.kernel}_{choice.tokens}, {activation}, {order}"
+                name = f"{matrix}, {n} tokens, {dtype}, {entry}, {activation}, {order}"
                 expected = activate(exact[order] + bias.double() if biased else exact[order], activation)
-                found, again = (self._run(here, own, choice).to(self.home) for _ in range(2))
+                stored = _feature_major(here) if features else here
+                found, again = (self._run(stored, own, choice).to(self.home) for _ in range(2))
                 self.findings.compare(name, found, expected)
                 self.findings.expect(f"{name}: not the same twice", found.equal(again))
         operands, dense = weights["restored"]
@@ -297,12 +299,18 @@ class Checker:
         return linear_operands(packed, device=self.device), unpack(packed).double()
 
     def _choices(self, matrix: Matrix, tokens: int) -> list[cost.Choice]:
-        call = cost.Call(matrix.pattern, matrix.rows, matrix.columns, tokens)
-        return cost.list_kernels(call, kernels.shared_limit(self.device), cost.gpu_of(self.device))
+        return [choice for choice, features in self._ways(matrix, tokens) if not features]
 
-    def _turn(self, choice: cost.Choice, pattern: HiNMPattern, dtype: torch.dtype) -> tuple[str, str, bool]:
+    def _ways(self, matrix: Matrix, tokens: int) -> list[tuple[cost.Choice, bool]]:
+        """Every kernel, and whether it is one that has an entry of its own for feature-major input, and gets that."""
+        call = cost.Call(matrix.pattern, matrix.rows, matrix.columns, tokens)
+        about = kernels.shared_limit(self.device), cost.gpu_of(self.device)
+        ways = [(choice, False) for choice in cost.list_kernels(call, *about)]
+        other = cost.list_kernels(replace(call, feature_major=True), *about)
+        return ways + [(choice, True) for choice in other if choice.kernel == "windowed"]
+
+    def _turn(self, entry: str, dtype: torch.dtype) -> tuple[str, str, bool]:
         """An activation, an order and whether with a bias: each entry goes through all of them, call by call."""
-        entry = entry_of(choice, pattern, dtype)
         turn = self.turns[entry, dtype]
         self.turns[entry, dtype] += 1
         activation, order = list(ACTIVATIONS)[turn % 5], ORDERS[turn // 5 % 2]
@@ -318,14 +326,19 @@ class Checker:
         return torch.randn(size, generator=self.generator, device=self.home, dtype=dtype)
 
 
-def entry_of(choice: cost.Choice, pattern: HiNMPattern, dtype: torch.dtype) -> str:
-    """The entry that a choice launches on a weight of that pattern."""
+def entry_of(choice: cost.Choice, pattern: HiNMPattern, dtype: torch.dtype, *, features: bool = False) -> str:
+    """The entry that a choice launches on a weight of that pattern, for row-major or feature-major input."""
     short, height = gpu.SHORT[dtype], tile_rows(pattern)
     if choice.kernel == "decode":
         return f"decode_{short}_{choice.tokens}"
     if choice.kernel == "windowed":
-        return f"windowed_{short}_{min(height, 64)}_{choice.tokens}"
+        return f"windowed_{short}_{min(height, 64)}_{choice.tokens}" + ("_features" if features else "")
     return f"gather_{short}_{height}"
+
+
+def _feature_major(x: Tensor) -> Tensor:
+    """The same tokens, each feature a row that starts on a boundary of 16 bytes."""
+    return F.pad(x.t(), (0, -len(x) % 8), value=float("nan"))[:, : len(x)].t()
 
 
 @contextmanager

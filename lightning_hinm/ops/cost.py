@@ -14,11 +14,12 @@ from lightning_hinm.pattern import HiNMPattern
 __all__ = ["Call", "Choice", "Gpu", "choose_kernel", "gpu_of", "list_kernels", "predict_dense"]
 
 DECODE_TOKENS = 32  # beyond, the weight would be read more than twice
+WINDOWED_OUT = 33280  # bytes of shared memory through which the windowed kernel writes
 DECODE_ROWS, WINDOWED_ROWS, GATHER_TOKENS = 32, 256, 128
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
 
 
-# Of the rate of mma.sp, what is left beside turning and gathering in shared memory: its clocks, counted.
+# Of the rate of mma.sp, what is left beside turning row-major input in shared memory: its clocks, counted.
 WINDOWED_RATE = 0.7
 
 
@@ -103,7 +104,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         return Choice("", tokens, shared, seconds + extra[1] * gpu.launch, roof)
 
     if call.planes is None:
-        # Rows are wanted: what lies feature-major is copied into rows first.
+        # The decode kernel wants rows: what lies feature-major is copied into rows first.
         copied = (4 * n * call.in_features, 1) if call.feature_major else (0, 0)
         if n <= DECODE_TOKENS:
             for tokens in (8, 16):
@@ -111,8 +112,11 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
                 yield replace(predict(tokens, DECODE_ROWS, shared, columns, copied), kernel="decode")
         window = columns if len(runs) == 1 else pattern.window or columns
         for tokens in (128, 64) if window % ALIGNED == 0 else ():
-            shared = (512 + 2 * window) * tokens
-            yield replace(predict(tokens, WINDOWED_ROWS, shared, columns, copied, WINDOWED_RATE), kernel="windowed")
+            if call.feature_major:
+                shared, rate = 2 * tokens * held_columns(window, len(runs), tokens), 1.0
+            else:
+                shared, rate = (512 + 2 * window) * tokens, WINDOWED_RATE
+            yield replace(predict(tokens, WINDOWED_ROWS, shared, columns, (0, 0), rate), kernel="windowed")
         # Columns are wanted, and columns come out.
         turned = 4 * n * (call.rows if call.feature_major else call.rows + call.in_features)
         extra = (turned, 1 if call.feature_major else 2)
@@ -125,6 +129,11 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
 def decode_pitch(columns: int) -> int:
     """Numbers between two tokens in the decode kernel's shared memory: 4 banks more than a whole number of rounds."""
     return -(-columns // 64) * 64 + 8
+
+
+def held_columns(window: int, runs: int, tokens: int) -> int:
+    """Columns of feature-major input that a block of the windowed kernel holds: of two runs, if there are two."""
+    return max(window * min(runs, 2), -(-WINDOWED_OUT // (2 * tokens)))
 
 
 def gather_shared(height: int, kept: int) -> int:

@@ -63,13 +63,17 @@ def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choic
 
 
 def _windowed(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    tokens, weight, pattern = _aligned_rows(tokens), _fragments(operands), pattern_of(operands)
-    n, columns = tokens.shape
+    weight, pattern = _fragments(operands), pattern_of(operands)
+    as_it_lies = _is_feature_major(tokens)
+    tokens = tokens.t() if as_it_lies else _aligned_rows(tokens)
+    n, columns = len(out), tokens.shape[0 if as_it_lies else 1]
     kept = kept_of_runs(pattern, operands.in_features)
-    window = columns if len(kept) == 1 else pattern.window
+    window = columns if len(kept) == 1 else pattern.window or columns
+    held = cost.held_columns(window, len(kept), choice.tokens) if as_it_lies else window
     numbers = (n, len(weight.rows), columns, tokens.stride(0), out.stride(0), weight.tile_rows, weight.kept)
-    tail = (window, kept[0], kept[-1], ACTIVATION[operands.activation])
+    tail = (window, held, kept[0], kept[-1], ACTIVATION[operands.activation])
     entry = f"windowed_{SHORT[out.dtype]}_{min(weight.tile_rows, 64)}_{choice.tokens}"
+    entry += "_features" if as_it_lies else ""
     kernels.launch(entry, tokens, *weight, _bias(operands), out, *numbers, *tail)
 
 
@@ -80,8 +84,7 @@ def _gather(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choic
     for first in range(0, len(tokens), step):
         part, out_part = tokens[first : first + step], out[first : first + step]
         columns, pitch = part.t(), -(-len(part) // ALIGNED) * ALIGNED
-        aligned = columns.stride(0) % ALIGNED == 0 and columns.data_ptr() % 16 == 0
-        if not (_is_feature_major(part) and aligned and columns.stride(0) * i < MOST_NUMBERS):
+        if not (_is_feature_major(part) and columns.stride(0) * i < MOST_NUMBERS):
             columns = _turn(part, part.new_empty(i, pitch))
         rows = out.new_empty(o, pitch)
         _launch_gather(columns, rows, operands, Image(len(part), columns.stride(0), i))
@@ -154,13 +157,18 @@ def _aligned_rows(tokens: Tensor) -> Tensor:
     """``tokens`` itself where its rows are whole aligned copies of 16 bytes, else one of which that is true."""
     if tokens.shape[1] % ALIGNED:
         return F.pad(tokens, (0, -tokens.shape[1] % ALIGNED))
-    if tokens.stride(1) != 1 or tokens.stride(0) % ALIGNED or tokens.data_ptr() % 16:
+    if not _lies_aligned(tokens):
         return tokens.clone(memory_format=torch.contiguous_format)
     return tokens
 
 
+def _lies_aligned(matrix: Tensor) -> bool:
+    return matrix.stride(1) == 1 and matrix.stride(0) % ALIGNED == 0 and matrix.data_ptr() % 16 == 0
+
+
 def _is_feature_major(tokens: Tensor) -> bool:
-    return tokens.stride(0) == 1 and tokens.stride(1) != 1
+    """Whether each feature is a row of whole aligned copies, and no token is."""
+    return tokens.stride(1) != 1 and _lies_aligned(tokens.t())
 
 
 def _is_read_as_it_lies(images: Tensor, operands: Conv2dOperands) -> bool:
