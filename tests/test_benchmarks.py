@@ -258,7 +258,7 @@ def test_the_correctness_step_fails_on_an_output_that_was_not_written(monkeypatc
         monkeypatch.setattr(kernels, "launch", lambda *_: None)
         assert not steps.sanitize(CPU, correctness.Table([matrix], [], [], complete=True), said.append)
         assert kernels.launch.__name__ == "<lambda>"
-    assert "decode_8, none, restored: relative error inf" in said[0]
+    assert "decode_f16_8, none, restored: relative error inf" in said[0]
     assert any("the table did not reach" in line for line in said)
 
 
