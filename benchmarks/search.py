@@ -1,7 +1,7 @@
 """The permutation search: what it retains, in what time and memory.
 
     python -m benchmarks.search                   all parts, JSON and plot (about half an hour on two cores)
-    python -m benchmarks.search rows all          some parts: rows, all, gaps, large, growth, plot
+    python -m benchmarks.search rows all          some parts: rows, all, gaps, large, growth, tiny, plot
 
 rows    layer 2 of MiniLM against the paper's loop and a plain prototype: retained, seconds, memory, moves per second
 all     the 36 encoder matrices of MiniLM, V = 64, 75 %, and how much sooner the default has what gyro ends with
@@ -31,6 +31,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from benchmarks.cpu import commit
+from benchmarks.optimum import best_retained
 from benchmarks.prototype import prototype
 from lightning_hinm import HiNMPattern, hinm_mask
 from lightning_hinm.gyro import SearchResult, exchange, problem, search
@@ -42,6 +43,7 @@ Row = dict[str, Any]
 LAYER_2 = ("attention.self.query", "intermediate.dense", "output.dense")
 LARGE = [(3072, 768, None), (768, 3072, None), (512, 4608, None), (11008, 4096, 256)]
 BUDGETED = [(11008, 4096, None, 120.0)]
+TINY = 100  # matrices of each kind whose optimum is known
 GROWTH = [(512, 1024), (1024, 2048), (2048, 4096), (4096, 4096), (8192, 4096), (11008, 4096)]
 
 
@@ -244,6 +246,23 @@ def part_growth(matrices: dict[str, Tensor]) -> list[Row]:
     return rows
 
 
+def part_tiny(matrices: dict[str, Tensor]) -> list[Row]:
+    """How far from the optimum, which is known where all layouts can be tried."""
+    rows = []
+    for columns, pattern in ((8, HiNMPattern(2, 0.0)), (8, HiNMPattern(2, 0.5)), (6, HiNMPattern(2, 1 / 3, 1, 2))):
+        missing = []
+        for seed in range(TINY):
+            saliency = torch.rand(4, columns, generator=torch.Generator().manual_seed(seed)) ** 3
+            missing.append(1 - search(saliency, pattern).retained / best_retained(saliency, pattern))
+        found = sum(distance < 1e-6 for distance in missing)
+        row: Row = {"shape": [4, columns], "pattern": pattern.to_dict(), "matrices": TINY, "optima_found": found}
+        row |= {"mean_distance": statistics.mean(missing), "worst_distance": max(missing)}
+        rows.append(row)
+        print(f"4x{columns}, {pattern.n}:{pattern.m}, vector sparsity {pattern.vector_sparsity:.2f}: {found} of {TINY} "
+              f"optima, {row['mean_distance']:.2%} short on average, {row['worst_distance']:.2%} at worst")  # fmt: skip
+    return rows
+
+
 def seconds_of(call: Callable[..., Any], *arguments: Any) -> float:
     """Median of three."""
     times = []
@@ -303,7 +322,7 @@ def draw_plot(rows: list[Row], path: Path) -> None:
 
 
 PARTS = {"rows": part_rows, "all": part_all, "gaps": part_gaps, "large": part_large, "growth": part_growth,
-         "plot": part_plot}  # fmt: skip
+         "tiny": part_tiny, "plot": part_plot}  # fmt: skip
 
 
 def main() -> None:
