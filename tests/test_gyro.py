@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from benchmarks.optimum import best_retained
 from lightning_hinm.gyro import SMALL, gyro_permute, search
 from lightning_hinm.gyro.exchange import _balance, _likely
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
