@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack
-from lightning_hinm.format import HiNMWeight
+from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack, unpack
+from lightning_hinm.format import HiNMWeight, random_weight
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import expand_all
 
@@ -75,6 +75,23 @@ def conv_case(case: tuple, *batch: int, decode: bool = False, size: tuple[int, i
 def test_linear_equals_the_dense_function(pattern: HiNMPattern, shape: tuple[int, int], decode: bool) -> None:
     dense, args = linear_case(*shape, pattern, 3, 5, decode=decode)
     torch.testing.assert_close(torch.ops.hinm.linear(*args), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [3, 130])
+@pytest.mark.parametrize("rows", [32, 37])
+@pytest.mark.parametrize("bias", [None, torch.arange(37.0)], ids=["no bias", "bias"])
+def test_rows_that_are_packed_in_order_are_not_restored(rows: int, tokens: int, bias: Tensor | None) -> None:
+    packed = random_weight((rows, 50), PATTERNS[0], torch.float32, torch.Generator(), restored=False)
+    expanded = expand_all(packed)
+    assert expanded["restore"].numel() == 0  # type: ignore[union-attr]
+    x, bias = torch.randn(tokens, 50), None if bias is None else bias[:rows]
+    found = torch.ops.hinm.linear(x, *packed.tensors.values(), bias, *expanded.values(), 50, *PATTERNS[0].fields)
+    torch.testing.assert_close(found, F.linear(x, unpack(packed), bias), rtol=1e-5, atol=1e-5)
+    packed = random_weight((rows, 6, 3, 3), PATTERNS[0], torch.float32, torch.Generator(), restored=False)
+    geometry, image = (6, 3, 3, 1, 1, 1, 1, 1, 1, 1), torch.randn(2, 6, 7, 8)
+    args = (*packed.tensors.values(), bias, *expand_all(packed).values(), *geometry, *PATTERNS[0].fields)
+    expected = F.conv2d(image, unpack(packed), bias, padding=1)
+    torch.testing.assert_close(torch.ops.hinm.conv2d(image, *args), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(), (0,), (1,), (64,), (65,), (130,), (2, 0, 3), (2, 3, 4)], ids=str)

@@ -181,7 +181,8 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
 
     Returns:
         ``expansion``, ``[T, V, P]``; ``columns``, int64 ``[T * P]``, the column of ``x`` that each kept vector
-        multiplies; ``restore``, int64 ``[O]``, the row of the product that each output channel is.
+        multiplies; ``restore``, int64 ``[O]``, the row of the product that each output channel is, or empty where the
+        rows are packed in the order of the channels.
     """
     in_features, values = math.prod(packed.shape[1:]), packed.values
     if not values.is_meta:
@@ -193,7 +194,8 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
         if values.device.type == "cuda":
             warn_once(f"hinm: no kernel for a packed layer: {reason}. It gathers and calls a dense product instead.")
     columns = decode_columns(packed.vector_index, in_features, packed.pattern.m, groups)
-    restore = inverse(packed.output_order.to(torch.int64))
+    order = packed.output_order.to(torch.int64)
+    restore = order.new_empty(0) if _is_in_order(packed) else inverse(order)
     return dict(zip(EXPANDED, (expand(packed), None, columns, restore), strict=True))
 
 
@@ -201,6 +203,11 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
 def warn_once(message: str) -> None:
     """A warning that is given once in a process."""
     warnings.warn(message, stacklevel=2)
+
+
+def _is_in_order(packed: HiNMWeight) -> bool:
+    order = packed.output_order
+    return not order.is_meta and torch.equal(order.to(torch.int64), torch.arange(len(order), device=order.device))
 
 
 def expanded_bytes(packed: HiNMWeight) -> int:
@@ -211,7 +218,8 @@ def expanded_bytes(packed: HiNMWeight) -> int:
         kept = padded_kept(pattern, in_features)
         return rows * kept * 9 // 8 + rows // tile_rows(pattern) * kept * 2 + rows * 4
     kept = packed.vector_index.shape[1]
-    return rows * kept * values.element_size() + packed.vector_index.numel() * 8 + packed.shape[0] * 8
+    restore = 0 if _is_in_order(packed) else packed.shape[0] * 8
+    return rows * kept * values.element_size() + packed.vector_index.numel() * 8 + restore
 
 
 def decode_columns(vector_index: Tensor, in_features: int, m: int, groups: int = 1) -> Tensor:

@@ -26,21 +26,20 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
     """``activation(F.linear(x, unpack(packed), bias))``: ``[..., I]`` -> ``[..., O]``."""
     expansion, columns, restore = tiles(operands), columns_of_x(operands), restored_rows(operands)
     tokens = x.reshape(-1, operands.in_features)  # [N, I]
-    out = x.new_empty(tokens.shape[0], restore.shape[0])  # [N, O]
+    out = x.new_empty(tokens.shape[0], operands.output_order.shape[0])  # [N, O]
     few = tokens.shape[0] < TRANSPOSE_TOKENS or columns.shape[0] < TRANSPOSE_GATHERS * operands.in_features
     rows = few or x.device.type != "cpu"
     step = _tokens_at_once(expansion, tokens.shape[0], ROW_NUMBERS if rows else COLUMN_NUMBERS)
     for first in range(0, tokens.shape[0], step):
         block, part = tokens[first : first + step], out[first : first + step]
         if rows:
-            torch.index_select(_product_of_rows(expansion, block, columns), 1, restore, out=part)
-            if operands.bias is not None:
-                part.add_(operands.bias)
+            _write_rows(_product_of_rows(expansion, block, columns), restore, operands.bias, part)
         else:
             padded = F.pad(block, (0, 0, 0, -len(block) % WIDTH)) if len(block) % WIDTH else block
-            product = _product_of_columns(expansion, padded.t().contiguous(), columns).index_select(0, restore)
+            product = _product_of_columns(expansion, padded.t().contiguous(), columns)
+            product = product.index_select(0, restore) if restore.numel() else product[: out.shape[1]]
             _write(product[:, : len(block)].t(), operands.bias, part)
-    return activate(out.reshape(*x.shape[:-1], restore.shape[0]), operands.activation)
+    return activate(out.reshape(*x.shape[:-1], out.shape[1]), operands.activation)
 
 
 def linear_grad(grad: Tensor, operands: LinearOperands) -> Tensor:
@@ -57,7 +56,8 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     expansion, columns, restore = tiles(operands), columns_of_x(operands), restored_rows(operands)
     bias = None if operands.bias is None else operands.bias[:, None]
     images, pixels = x.reshape(-1, *x.shape[-3:]), height * width
-    out = x.new_empty(images.shape[0], restore.shape[0], pixels)  # [B, O, L]
+    rows = operands.output_order.shape[0]
+    out = x.new_empty(images.shape[0], rows, pixels)  # [B, O, L]
     step = _tokens_at_once(expansion, images.shape[0] * pixels, COLUMN_NUMBERS)
     images_step, pixels_step = max(step // pixels, 1), min(step, pixels)
     for first in range(0, images.shape[0], images_step):
@@ -65,9 +65,10 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
         for start in range(0, pixels, pixels_step):
             block = image[:, :, start : start + pixels_step]
             product = _product_of_columns(expansion, block.transpose(0, 1).flatten(1), columns)
-            product = product.index_select(0, restore).unflatten(1, (-1, block.shape[2])).transpose(0, 1)  # [b, O, l]
+            product = product.index_select(0, restore) if restore.numel() else product[:rows]
+            product = product.unflatten(1, (-1, block.shape[2])).transpose(0, 1)  # [b, O, l]
             _write(product, bias, out[first : first + images_step, :, start : start + pixels_step])
-    return activate(out.reshape(*x.shape[:-3], restore.shape[0], height, width), operands.activation)
+    return activate(out.reshape(*x.shape[:-3], rows, height, width), operands.activation)
 
 
 def conv2d_grad(grad: Tensor, operands: Conv2dOperands, x_shape: torch.Size) -> Tensor:
@@ -87,7 +88,7 @@ def _tokens_at_once(expansion: Tensor, tokens: int, numbers: int) -> int:
 
 
 def _product_of_rows(expansion: Tensor, tokens: Tensor, columns: Tensor) -> Tensor:
-    """``[N, I]`` -> ``[N, T * V]``: each tile times the columns that it keeps."""
+    """``[N, I]`` -> ``[N, T, V]``: each tile times the columns that it keeps."""
     count, _, p = expansion.shape
     n = tokens.shape[0]
     if n * columns.shape[0] < PARALLEL_NUMBERS:
@@ -95,14 +96,27 @@ def _product_of_rows(expansion: Tensor, tokens: Tensor, columns: Tensor) -> Tens
     else:
         gathered = tokens.gather(1, columns.expand(n, -1))
     gathered = gathered.view(n, count, p).transpose(0, 1)  # [T, N, P]
-    return torch.bmm(gathered, expansion.transpose(1, 2)).transpose(0, 1).flatten(1)
+    return torch.bmm(gathered, expansion.transpose(1, 2)).transpose(0, 1)
 
 
 def _product_of_columns(expansion: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """``[I, N]`` -> ``[T * V, N]``, the same."""
+    """``[I, N]`` -> ``[T * V, N]``, likewise."""
     count, _, p = expansion.shape
     gathered = x.index_select(0, columns).view(count, p, -1)
     return torch.bmm(expansion, gathered).flatten(0, 1)
+
+
+def _write_rows(product: Tensor, restore: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``[N, T, V]`` -> ``out``, ``[N, O]``: in one pass where nothing is restored, and no row is virtual."""
+    if restore.numel():
+        torch.index_select(product.flatten(1), 1, restore, out=out)
+        if bias is not None:
+            out.add_(bias)
+    elif out.shape[1] == product.shape[1] * product.shape[2]:
+        size = product.shape[1:]
+        _write(product, None if bias is None else bias.view(size), out.unflatten(1, size))
+    else:
+        _write(product.flatten(1)[:, : out.shape[1]], bias, out)
 
 
 def _write(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
