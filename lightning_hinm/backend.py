@@ -205,6 +205,8 @@ def _pays(node: fx.Node, twin: PackedTwin, calls: Sequence[LayerCall]) -> bool:
     for call in calls:
         if call.weight is node and "example_value" in call.x.meta:
             shape = tuple(_hint(size) for size in call.x.meta["example_value"].shape)
+            if call.kind == "linear":  # x of a fused call is the input of what it is fused into
+                shape = (*shape[:-1], twin.layer.shape[1])
             decisions.append(decide(workload_of(twin.layer, shape)))
     pays = sum(d.sparse_seconds for d in decisions) < sum(d.dense_seconds for d in decisions)
     pays = pays and any(d.path == "sparse" for d in decisions)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,22 +107,23 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         wide = c_in * expand
-        layers: list[nn.Module] = [convolution(c_in, wide, 1), activation()] if expand != 1 else []
-        layers += [convolution(wide, wide, kernel, stride, groups=wide), activation()]
-        if squeezed:
-            layers.append(SqueezeExcite(wide, squeezed, activation, gate))
-        self.block = nn.Sequential(*layers, convolution(wide, c_out, 1))
+        self.act = activation()
+        self.conv_pw = convolution(c_in, wide, 1)
+        self.conv_dw = convolution(wide, wide, kernel, stride, groups=wide)
+        self.se = SqueezeExcite(wide, squeezed, activation, gate) if squeezed else nn.Identity()
+        self.conv_pwl = convolution(wide, c_out, 1)
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x) if self.residual else self.block(x)
+        y = self.act(self.conv_dw(self.act(self.conv_pw(x))))
+        y = self.conv_pwl(self.se(y))
+        return x + y if self.residual else y
 
 
 def mobile_net(activation: Any, gate: Any, squeezed: int) -> nn.Sequential:
     return nn.Sequential(
         convolution(3, 16, 3, 2),
         activation(),
-        InvertedResidual(16, 16, 3, 1, 1, squeezed, activation, gate),
         InvertedResidual(16, 24, 5, 2, 3, squeezed, activation, gate),
         InvertedResidual(24, 24, 3, 1, 3, squeezed, activation, gate),
         nn.AdaptiveAvgPool2d(1),
@@ -231,7 +233,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, width, 4, 4)
         self.tokens = nn.Parameter(torch.randn(1, extra, width))
         self.pos_embed = nn.Parameter(torch.randn(1, 16 + extra, width))
-        self.blocks = nn.Sequential(ViTBlock(width, 4), ViTBlock(width, 4))
+        self.blocks = nn.Sequential(ViTBlock(width, 4))
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleList(nn.Linear(width, 10) for _ in range(extra))
 
@@ -265,32 +267,33 @@ class Tagger(nn.Module):
         return self.head(y)
 
 
-def encoder(norm_first: bool = False, activation: Any = "relu", **options: Any) -> nn.TransformerEncoder:
+def encoder(layers: int = 1, norm_first: bool = False, activation: Any = "relu") -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first, activation=activation)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first, **options)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=not norm_first)
 
 
 def bert() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    return BertModel(BertConfig(**_SIZES, intermediate_size=64, max_position_embeddings=16))
+    transformers = pytest.importorskip("transformers")
+    return transformers.BertModel(transformers.BertConfig(**_SIZES, intermediate_size=64, max_position_embeddings=16))
 
 
 def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=16, use_cache=False))
-
-
-def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(**_SIZES, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False)
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)
     )
 
 
-_SIZES: Any = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    groups = {"num_key_value_heads": 2, "tie_word_embeddings": True}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_SIZES, **groups, intermediate_size=48, use_cache=False)
+    )
+
+
+_SIZES: Any = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 def images(batch: int, size: int = 16) -> dict[str, Tensor]:
@@ -315,8 +318,9 @@ def padded_sequences(batch: int) -> dict[str, Tensor]:
     return sequences(batch) | {"src_key_padding_mask": padding(batch)}
 
 
-def causal_sequences(batch: int) -> dict[str, Tensor]:
-    return sequences(batch) | {"mask": nn.Transformer.generate_square_subsequent_mask(7)}
+def causal_sequences(batch: int) -> dict[str, Any]:
+    """``is_causal`` told, because an export cannot look into the mask."""
+    return sequences(batch) | {"mask": nn.Transformer.generate_square_subsequent_mask(7), "is_causal": True}
 
 
 def padded_texts(batch: int) -> dict[str, Tensor]:
@@ -339,7 +343,7 @@ class Network:
     """
 
     make: Callable[[], nn.Module]
-    inputs: Callable[[int], dict[str, Tensor]]
+    inputs: Callable[[int], dict[str, Any]]
     skipped: Mapping[str, str] = field(default_factory=dict)
     constant: tuple[str, ...] = ()
 
@@ -351,19 +355,21 @@ NETWORKS: dict[str, Network] = {
     "bert": Network(bert, padded_texts),
     "gpt2": Network(gpt2, texts, {"lm_head": _TIED}),
     "llama": Network(llama, padded_texts, {"lm_head": _TIED}),
-    "resnet18": Network(partial(ResNet, BasicBlock, (1, 2)), partial(images, size=32)),
-    "resnet50": Network(partial(ResNet, Bottleneck, (1, 2)), partial(images, size=32)),
-    "mobilenet-v2": Network(partial(mobile_net, nn.ReLU6, None, 0), input_images, {"block.0.0": _DEPTHWISE}),
+    "resnet18": Network(partial(ResNet, BasicBlock, (1, 1)), partial(images, size=32)),
+    "resnet50": Network(partial(ResNet, Bottleneck, (2, 1)), partial(images, size=32)),
+    "mobilenet-v2": Network(partial(mobile_net, nn.ReLU6, None, 0), input_images, {"conv_dw.0": _DEPTHWISE}),
     "mobilenet-v3": Network(
-        partial(mobile_net, nn.Hardswish, nn.Hardsigmoid, 8), input_images, {"block.0.0": _DEPTHWISE}
+        partial(mobile_net, nn.Hardswish, nn.Hardsigmoid, 8), input_images, {"conv_dw.0": _DEPTHWISE}
     ),
-    "efficientnet": Network(partial(mobile_net, nn.SiLU, nn.Sigmoid, 4), input_images, {"fc1": _SMALL}),
+    "efficientnet": Network(
+        partial(mobile_net, nn.SiLU, nn.Sigmoid, 4), input_images, {"conv_dw.0": _DEPTHWISE, "fc1": _SMALL}
+    ),
     "unet": Network(UNet, images, {"head": _SMALL}),
-    "convnext": Network(conv_next, partial(input_images), {"dwconv": _DEPTHWISE}),
+    "convnext": Network(conv_next, input_images, {"dwconv": _DEPTHWISE}),
     "vit": Network(ViT, images),
     "deit": Network(partial(ViT, True), images),
-    "encoder": Network(encoder, sequences, _ATTENTION),
+    "encoder": Network(partial(encoder, 2), sequences, _ATTENTION),
     "encoder-padded": Network(partial(encoder, activation="gelu"), padded_sequences, _ATTENTION),
-    "encoder-causal": Network(partial(encoder, True), causal_sequences, _ATTENTION, ("mask",)),
+    "encoder-causal": Network(partial(encoder, norm_first=True), causal_sequences, _ATTENTION, ("mask", "is_causal")),
     "lstm": Network(Tagger, lambda batch: {"x": torch.randn(batch, 5, 12)}),
 }

@@ -327,6 +327,141 @@ def test_weights_outside_their_pattern_are_refused_together_before_and_after_com
         compiled(lambda x: net(x))(X)
 
 
+def test_a_layer_that_is_half_overwritten_is_refused_until_it_is_masked_again() -> None:
+    model, x = mlp(), torch.randn(3, 16)
+    mask = model[0].weight != 0
+    function = compiled(model)
+    with torch.inference_mode():
+        function(x)
+    with torch.no_grad():
+        model[0].weight[:16] = torch.randn(16, 16)
+    with torch.inference_mode():
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"0: \d+ of 512 weights are not zero outside the pattern"):
+                function(x)
+    with torch.no_grad():
+        model[0].weight.mul_(mask)
+    with torch.inference_mode():
+        assert_same(function, model, x, calls=2)
+
+
+def test_layers_tied_after_pruning_are_packed_by_the_layout_that_fits_or_refused() -> None:
+    model, x = pruned(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))), torch.randn(3, 16)
+    function = compiled(model)
+    with torch.inference_mode():
+        assert_same(function, model, x, calls=2)
+    model[1].weight = model[0].weight
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match=r"1: .* of 256 weights are not zero outside the pattern"):
+            function(x)
+        assert_same(compiled(lambda x: model(x)), model, x, calls=2)
+        torch.testing.assert_close(to_hinm(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_of_another_shape_is_refused_and_another_layer_runs_dense() -> None:
+    model = mlp()
+    function = compiled(model)
+    with torch.inference_mode():
+        function(torch.randn(3, 16))
+    model[0].weight = nn.Parameter(torch.randn(32, 24))
+    with torch.inference_mode(), pytest.raises(Exception, match=r"0: vector_index keeps 8 columns.*another weight"):
+        function(torch.randn(3, 24))
+    model[0] = nn.Linear(24, 32)
+    with torch.inference_mode():
+        assert_same(function, model, torch.randn(3, 24), calls=1)
+
+
+# meta stands for all other devices: on any machine there is no other.
+def test_a_parameter_on_another_device_is_refused_by_name() -> None:
+    model, x = mlp(), torch.randn(3, 16)
+    function = compiled(model)
+    with torch.inference_mode():
+        function(x)
+    away = copy.deepcopy(model).to("meta")
+    with pytest.raises(ValueError, match=r"(?s)0: got torch.float32 \[32, 16\] on meta.*2: got .* on meta"):
+        to_hinm(away)
+    with torch.inference_mode(), pytest.raises(Exception, match=r"(?s)0: got .* on meta.*2: got .* on meta"):
+        compiled(away)(x.to("meta"))
+    model[0].to("meta")
+    with torch.inference_mode(), pytest.raises(Exception, match=r"(?i)same device"):
+        function(x)
+    converted = to_hinm(mlp())
+    converted[0].to("meta")
+    with pytest.raises(ValueError, match="x is on cpu, but the packed weight is on meta"):
+        converted(x)
+
+
+WRONG_INPUTS = {
+    "narrow": torch.randn(3, 15),
+    "wide": torch.randn(3, 32),
+    "empty": torch.randn(3, 0),
+    "a number": torch.tensor(1.0),
+    "double": torch.randn(3, 16).double(),
+    "integers": torch.ones(3, 16, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("x", WRONG_INPUTS.values(), ids=WRONG_INPUTS)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_an_input_that_the_dense_model_refuses_is_refused(x: Tensor, dynamic: bool | None) -> None:
+    model = mlp()
+    function = compiled(model, "aot_eager", dynamic=dynamic)
+    with torch.inference_mode():
+        function(torch.randn(3, 16))
+        with pytest.raises(RuntimeError):
+            model(x)
+        with pytest.raises(Exception, match=r"(?s)16.*32|float32|at least 1D"):
+            function(x)
+        with pytest.raises((ValueError, TypeError), match=r"hinm::linear: x (has shape|is torch)"):
+            to_hinm(model)(x)
+
+
+RIGHT_INPUTS = [(16,), (1, 16), (0, 16), (2, 1, 3, 16)]
+
+
+@pytest.mark.parametrize("size", RIGHT_INPUTS)
+def test_an_input_of_any_rank_is_taken_where_the_dense_model_takes_it(size: tuple[int, ...]) -> None:
+    model = mlp()
+    function = compiled(model, "aot_eager", dynamic=True)
+    with torch.inference_mode():
+        function(torch.randn(3, 16))
+        assert_same(function, model, torch.randn(size), calls=2)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_images_in_either_memory_format_give_the_same(memory: torch.memory_format) -> None:
+    model = pruned(nn.Sequential(nn.Conv2d(4, 16, 3, stride=2), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, groups=2)))
+    function, x = compiled(model, "aot_eager"), torch.randn(2, 4, 9, 9)
+    with torch.inference_mode():
+        function(x)
+        assert_same(function, model, x.to(memory_format=memory), calls=2)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_converted_model_that_is_reloaded_after_compiling_is_followed(net: Net, assign: bool) -> None:
+    converted, other = to_hinm(net), to_hinm(pruned(Net()))
+    function = compiled(converted, "aot_eager")
+    with torch.inference_mode():
+        old = function(X)
+    converted.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    with torch.inference_mode():
+        assert_same(function, other, X)
+        assert not torch.allclose(function(X), old)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_mask_written_in_place_compiles_nothing_anew(net: Net, grad: bool) -> None:
+    net.train(grad)
+    function = compiled(net, "eager")
+    with torch.set_grad_enabled(grad):
+        function(X)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with torch.no_grad():
+            mask_more(net)
+        torch.testing.assert_close(function(X), net(X), rtol=1e-5, atol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 def test_gradients_in_eval_mode_run_dense_and_name_the_remedy_once(net: Net) -> None:
     with pytest.warns(UserWarning, match=r"gradients are enabled, so 3 pruned layers run dense .*inference_mode\(\)"):
         out = compiled(net, "aot_eager")(X)
@@ -365,14 +500,52 @@ def test_unknown_options_are_refused_together(net: Net) -> None:
         torch.compile(net, backend="hinm", options={"plan": "fast", "mode": "x"})(X)
 
 
-def test_a_fused_transformer_layer_is_named_with_the_remedy() -> None:
-    encoder = pruned(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
-    x = torch.randn(2, 5, 32)
+def fused_encoder() -> Any:
+    return pruned(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
+
+
+def test_a_fused_transformer_layer_is_taken_apart_without_a_global_switch() -> None:
+    encoder, x = fused_encoder(), torch.randn(2, 5, 32)
     with torch.inference_mode():
-        expected = r"2 pruned layers run dense \(linear1, linear2\), because _transformer_encoder_layer_fwd.*to_hinm"
-        with pytest.warns(UserWarning, match=expected):
-            compiled(encoder)(x)
+        assert_same(compiled(encoder), encoder, x, calls=2)
         assert_same(compiled(to_hinm(encoder)), encoder, x, calls=2)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("wins", [0, 1, 2])
+def test_auto_takes_a_fused_transformer_layer_apart_where_one_of_its_layers_pays(
+    monkeypatch: pytest.MonkeyPatch, wins: int
+) -> None:
+    encoder, x = fused_encoder(), torch.randn(2, 5, 32)
+    rows = {64: wins > 0, 32: wins > 1}  # of linear1 and linear2
+    seen = []
+
+    def measure(workload: Any) -> tuple[float, float]:
+        seen.append((workload.shape, workload.input_shape))
+        return (2.0, 1.0) if rows[workload.shape[0]] else (1.0, 2.0)
+
+    monkeypatch.setattr("lightning_hinm.plan.measure", measure)
+    with torch.inference_mode():
+        assert_same(compiled(encoder, plan="auto"), encoder, x, calls=wins)
+    assert seen == [((64, 32), (2, 5, 32)), ((32, 64), (2, 5, 64))]
+
+
+def test_a_weight_that_is_used_in_another_way_runs_dense_and_is_named() -> None:
+    class Free(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed, self.called = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.called(torch.matmul(x, self.mixed.weight))
+
+    model, x = pruned(Free()), torch.randn(3, 16)
+    with torch.inference_mode():
+        with pytest.warns(
+            UserWarning, match=r"1 pruned layers run dense \(mixed\), because matmul takes their weights"
+        ):
+            compiled(model)(x)
+        assert_same(compiled(model), model, x, calls=1)
 
 
 def test_the_backend_works_as_a_function_where_no_entry_point_is_installed(net: Net) -> None:

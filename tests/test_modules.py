@@ -89,6 +89,12 @@ def test_a_packed_layer_computes_what_the_pruned_one_computes(make: Any, size: t
     assert isinstance(dense.weight, nn.Parameter)  # untouched
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(16, 16), lambda: nn.Conv2d(16, 16, 1)])
+def test_a_packed_layer_is_called_by_keyword_as_the_dense_one(make: Any) -> None:
+    dense, x = pruned(make()), torch.randn(16, 16, 16)
+    torch.testing.assert_close(to_hinm(dense)(input=x), dense(input=x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("make", "size"), LAYERS)
 def test_a_packed_layer_has_the_geometry_that_users_read(make: Any, size: tuple[int, ...]) -> None:
     dense = pruned(make())

@@ -9,7 +9,12 @@ from torch import Tensor, fx, nn
 
 from lightning_hinm import HiNMPattern, prune
 from lightning_hinm.modules import HiNMLayer, pack_layer
-from lightning_hinm.passes import find_layer_calls, sparsify_layers_pass
+from lightning_hinm.passes import (
+    find_fused_calls,
+    find_layer_calls,
+    sparsify_layers_pass,
+    unfuse_encoder_layers_pass,
+)
 
 PATTERN = HiNMPattern(vector_size=8)
 
@@ -128,3 +133,39 @@ def test_a_graph_without_packed_layers_stays_as_it_is() -> None:
     gm, _ = capture(pruned(nn.Linear(16, 16)), torch.randn(3, 16))
     before = gm.code
     assert sparsify_layers_pass(gm, {}).code == before
+
+
+MASKS = {
+    "no mask": {},
+    "padding": {"src_key_padding_mask": torch.arange(5) >= torch.tensor([[3], [5]])},
+    "causal": {"src_mask": nn.Transformer.generate_square_subsequent_mask(5)},
+}
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_unfused_encoder_layer_computes_what_the_fused_one_computes(
+    masks: Any, norm_first: bool, activation: Any
+) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, norm_first=norm_first, activation=activation).eval()
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    gm, inputs = capture(lambda x: layer(x, **masks), torch.randn(2, 5, 16))
+    assert not find_layer_calls(gm)
+    fused = find_fused_calls(gm)
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    assert [id(given[call.weight]) for call in fused] == [id(layer.linear1.weight), id(layer.linear2.weight)]
+    with torch.no_grad():
+        expected = gm(*inputs)
+        unfuse_encoder_layers_pass(gm, {fused[1].weight.name})
+        torch.testing.assert_close(gm(*inputs), expected, rtol=1e-5, atol=1e-6)
+    assert [(call.weight, call.bias) for call in find_layer_calls(gm)] == [(call.weight, call.bias) for call in fused]
+    assert not find_fused_calls(gm)
+
+
+def test_a_fused_encoder_layer_that_is_not_asked_for_stays() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True).eval()
+    gm, _ = capture(layer, torch.randn(2, 5, 16))
+    before = str(gm.graph)
+    assert str(unfuse_encoder_layers_pass(gm, set()).graph) == before

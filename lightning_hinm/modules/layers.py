@@ -145,8 +145,8 @@ class HiNMLinear(HiNMLayer):
         kind = _kind_of(cls, dense, ("linear", "hf_conv1d"))
         return cls(_of_shape(dense, kind, packed), dense.bias, kind=kind)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return hinm_linear(x, *self.operands, self.in_features, *self.pattern.fields)
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Linear names it, for whoever calls it by keyword
+        return hinm_linear(input, *self.operands, self.in_features, *self.pattern.fields)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -198,8 +198,8 @@ class HiNMConv2d(HiNMLayer):
         sizes = (0,) * len(self.kernel_size) if self.padding == "valid" else self.padding
         return tuple((size, size) for size in sizes)  # type: ignore[misc]
 
-    def forward(self, x: Tensor) -> Tensor:
-        pads = self._pads
+    def forward(self, input: Tensor) -> Tensor:
+        x, pads = input, self._pads
         if self.padding_mode != "zeros" or any(before != after for before, after in pads):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, [size for pad in reversed(pads) for size in pad], mode=mode)
