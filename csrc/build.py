@@ -41,10 +41,14 @@ PACKING = {
     "g + 8, of the 16 kept vectors from 16 * (t % 2) on: a nibble (first position | second position << 2) for each "
     "group of four, the lowest first",
     "vector_index": "[tiles, kept]: the column of the input that each kept vector multiplies",
-    "rows": "[tiles * vector_size]: the output row of each packed row, -1: none",
-    "kept": "the kept vectors of a tile: those of each run padded to a multiple of 32, all to a multiple of 64, with "
-    "zero values, metadata nibble 4 and a column of the same run",
+    "rows": "[tiles * vector_size]: the output row of each packed row, each at most once; negative: it has none",
+    "kept": "the kept vectors of a tile: those of each run of columns padded to a multiple of 32, all to a multiple of "
+    "64 (gather alone needs that), with zero values, metadata nibble 4 and a column of the same run",
     "activation": dict(enumerate(ACTIVATIONS)),
+    "grid": "a number, a parameter's value, or [parameter, divisor]: ceil(parameter / divisor); none may be 0",
+    "shared": "dynamic: bytes, and for each parameter in per its value times that many; the static shared memory in "
+    "resources comes on top",
+    "driver": "as cuDriverGetVersion counts: 1000 * major + 10 * minor; compute capabilities are inclusive",
 }
 
 
@@ -64,7 +68,7 @@ def _weight(dtype: str, x: str, out: str) -> list[dict[str, Any]]:
         _pointer("vector_index", "uint16", "see packing"),
         _pointer("rows", "int32", "see packing"),
         _pointer("bias", dtype, "[output rows], or null", 2),
-        _pointer("out", dtype, out),
+        _pointer("out", dtype, f"{out}; overlaps no input", 2),
     ]
 
 
@@ -80,12 +84,13 @@ def describe_entries() -> dict[str, dict[str, Any]]:
             entries[f"decode_{short}_{tokens}"] = {
                 "kernel": "decode",
                 "parameters": [
-                    *_weight(dtype, "[tokens, columns], rows x_stride apart", "[tokens, rows], rows out_stride apart"),
+                    *_weight(dtype, "[tokens, columns], rows x_stride apart", "[tokens, rows], out_stride apart"),
                     *_numbers("tokens", "packed_rows", "columns", "x_stride", "pitch", "out_stride", "vector_size"),
                     *_numbers("kept", "activation"),
                 ],
-                "rules": "columns and x_stride are multiples of 8, pitch of 8 and at least columns; 8 more than a "
-                "multiple of 64 avoids bank conflicts; packed_rows = tiles * vector_size",
+                "rules": "vector_size is a multiple of 32; columns and x_stride are multiples of 8, pitch of 8 and at "
+                "least columns; 8 more than a multiple of 64 avoids bank conflicts; packed_rows = tiles * vector_size; "
+                f"tokens <= {tokens} * 65535",
                 "block": 256,
                 "grid": [["packed_rows", 32], ["tokens", tokens], 1],
                 "shared": {"bytes": 0, "per": {"pitch": 2 * tokens}},
@@ -99,9 +104,12 @@ def describe_entries() -> dict[str, dict[str, Any]]:
                     *_numbers("tokens", "packed_rows", "columns", "x_stride", "out_stride", "vector_size", "kept"),
                     *_numbers("window", "held", "kept_of_window", "kept_of_last", "activation"),
                 ],
-                "rules": f"vector_size is a multiple of {rows}; columns, x_stride and window are multiples of 8; "
-                "window = columns where there is one run; kept_of_window is that of each run but the last, "
-                "kept_of_last of the last, both multiples of 32; "
+                "rules": f"vector_size is a multiple of {rows}; "
+                + ("x_stride is a multiple of 8; " if suffix else "columns, x_stride and window are multiples of 8; ")
+                + "run r is columns r * window .. min((r + 1) * window, columns) - 1, and vector_index lists the runs "
+                "in order; window = columns where there is one; kept_of_window is that of each run but the last, "
+                "kept_of_last of the last, both multiples of 32, (runs - 1) * kept_of_window + kept_of_last <= kept; "
+                f"tokens <= {tokens} * 65535; "
                 + (
                     f"held = max(window times 2, or times 1 where there is one run, {-(-OUT_BYTES // (2 * tokens))})"
                     if suffix
@@ -121,10 +129,16 @@ def describe_entries() -> dict[str, dict[str, Any]]:
                     *_numbers("stride_height", "dilation_height", "activation"),
                 ],
                 "rules": f"vector_size is {rows}; plane and x_batch are multiples of 8, pitch too unless "
-                "kernel_height is 1; phases = min(stride_height, (kernel_height - 1) * dilation_height + 1); x has "
-                "fewer than 2 ** 31 numbers an image; of the tokens of an image, those at width and above in each "
-                "pitch are not written; a matrix [columns, tokens] is one image of channels = columns, plane = its "
-                "row stride, pitch = width, and 1 elsewhere",
+                "kernel_height is 1; phases = min(stride_height, (kernel_height - 1) * dilation_height + 1); channels "
+                "are those of the whole image, all groups together; tiles_of_group = tiles / groups, tile t belongs to "
+                "group t / tiles_of_group; vector_index is (channel within the group * kernel_height + r) * "
+                "kernel_width + s, and token n of the vector is x[image * x_batch + ((s * phases + r * dilation_height "
+                "% stride_height) * channels + channel) * plane + r * dilation_height / stride_height * pitch + n], of "
+                "fewer than 2 ** 31 numbers an image; tokens = out_height * pitch <= 128 * 65535, batch <= 65535; "
+                "token y * pitch + w goes to out[image * out_batch + row * out_stride + y * width + w], for w < width "
+                "only; a matrix [columns, tokens] is one image: batch = kernel_* = stride_* = dilation_* = 1, "
+                "tiles_of_group = tiles, channels = columns, plane = its row stride, width = pitch = 8, x_batch and "
+                "out_batch are not used",
                 "block": 128,
                 "grid": ["tiles", ["tokens", 128], "batch"],
                 "shared": {"bytes": 3 * (16384 + 72 * rows), "per": {"kept": 4}},
@@ -136,7 +150,8 @@ def describe_entries() -> dict[str, dict[str, Any]]:
             _pointer("out", "16 bit", "[width, height], rows out_stride apart", 2),
             *_numbers("height", "width", "x_stride", "out_stride"),
         ],
-        "rules": "16-byte rows are copied sooner",
+        "rules": "any alignment, but fastest where x, out and both strides are multiples of 16 bytes; height <= 64 * "
+        "65535",
         "block": 256,
         "grid": [["width", 64], ["height", 64], 1],
         "shared": {"bytes": 0, "per": {}},
@@ -149,7 +164,11 @@ def describe_entries() -> dict[str, dict[str, Any]]:
             *_numbers("chunks", "batch", "channels", "height", "width", "phases", "plane_height", "pitch"),
             *_numbers("stride_height", "stride_width", "padding_height", "padding_width", "dilation_width"),
         ],
-        "rules": "pitch is a multiple of 8; chunks = kernel_width * phases * channels * plane_height * pitch / 8",
+        "rules": "row y of plane (s, phase) holds, for w = 0 .. pitch - 1, x[y * stride_height + phase - "
+        "padding_height][w * stride_width + s * dilation_width - padding_width], zero outside; phases as for gather, "
+        "whose plane is plane_height * pitch; pitch >= out_width, a multiple of 8; plane_height >= out_height + "
+        "(kernel_height - 1) * dilation_height / stride_height; chunks = kernel_width * phases * channels * "
+        "plane_height * pitch / 8; batch <= 65535",
         "block": 256,
         "grid": [["chunks", 256], "batch", 1],
         "shared": {"bytes": 0, "per": {}},

@@ -141,7 +141,7 @@ __device__ __forceinline__ void gather(
                     tile_out + (warp_row + 16 * i + 8 * half + g) * OUT_PITCH + warp_token + 8 * n + 2 * t) =
                     make_float2(sums[i][n][2 * half], sums[i][n][2 * half + 1]);
     __syncthreads();
-    const bool pairs = width == pitch && out_stride % 2 == 0 && out_batch % 2 == 0;
+    const bool pairs = width == pitch && out_stride % 2 == 0 && reinterpret_cast<uint64_t>(out) % 4 == 0;
     const int token = first_token + threadIdx.x % (TOKENS / 2) * 2;
 #pragma unroll 1
     for (int line = threadIdx.x / (TOKENS / 2); line < VECTOR_SIZE; line += THREADS / (TOKENS / 2)) {

@@ -68,6 +68,7 @@ __device__ __forceinline__ void windowed(
         for (int block = 0; block < TOKENS / 32 * (CHUNK / 8) / WARPS; ++block) {
             const int i = warp + block * WARPS;
             const int tokens32 = i / (CHUNK / 8) * 32, chunk = i % (CHUNK / 8), column = first + chunk * 8 + g;
+            if (first + chunk * 8 >= end) continue;  // the same for the whole warp
             uint32_t pairs[4];  // of column g: tokens 8 j + 2 t and the next
             const int token = tokens32 + lane;
             load_matrices_transposed(pairs, from + token * CHUNK * 2 + ((chunk ^ (token & 7)) << 4));
@@ -136,6 +137,9 @@ __device__ __forceinline__ void windowed(
         if (chunks > 1) fetch(1);
         commit_copies();
     }
+    const int steps = ((runs - 1) * kept_of_window + kept_of_last) / 32;
+    Weights next{};
+    if (active) next = load(0);  // like those of every other run, on their way before the run is there
     for (int r = 0, step = 0; r < runs; ++r) {
         if constexpr (FEATURE_MAJOR) {
             wait_copies<0>();
@@ -153,11 +157,10 @@ __device__ __forceinline__ void windowed(
             }
         }
         if (!active) continue;
-        const int end = step + (r + 1 < runs ? kept_of_window : kept_of_last) / 32;
-        Weights next = load(step);
+        const int end = r + 1 < runs ? (r + 1) * kept_of_window / 32 : steps;
         while (step < end) {
             const Weights now = next;
-            if (++step < end) next = load(step);
+            if (++step < steps) next = load(step);
             multiply(now, r);
         }
     }
@@ -170,7 +173,8 @@ __device__ __forceinline__ void windowed(
     const float shift_x = bias && to.x >= 0 ? Type::widen(bias[to.x]) : 0.0f;
     const float shift_y = bias && to.y >= 0 ? Type::widen(bias[to.y]) : 0.0f;
     // In tile order every pair of rows is one of outputs; of restored rows only a few are.
-    const bool pair_of_outputs = to.x >= 0 && to.x % 2 == 0 && to.y == to.x + 1 && out_stride % 2 == 0;
+    const bool whole = out_stride % 2 == 0 && reinterpret_cast<uint64_t>(out) % 4 == 0;
+    const bool pair_of_outputs = to.x >= 0 && to.x % 2 == 0 && to.y == to.x + 1 && whole;
 #pragma unroll 1
     for (int pass = 0; pass < TOKENS / OUT_TOKENS; ++pass) {
         __syncthreads();

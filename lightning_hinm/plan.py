@@ -226,10 +226,14 @@ def predict(workload: Workload) -> dict[str, Choice]:
         *_, height, width = workload.input_shape
         spatial = zip((height, width), shape[2:], workload.stride, workload.padding, workload.dilation, strict=True)
         out = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in spatial]
-        images = math.prod(workload.input_shape[:-3])
+        images, pixels = math.prod(workload.input_shape[:-3]), math.prod(out)
         direct = (*shape[2:], *workload.stride) == (1, 1, 1, 1) and not any(workload.padding)
+        direct = direct and pixels % cost.ALIGNED == 0
         planes = 0 if direct else 2 * shape[3] * math.prod(workload.input_shape) // workload.stride[1]
-        call = cost.Call(pattern, shape[0], math.prod(shape[1:]), images * math.prod(out), planes=planes)
+        if not direct:
+            pixels = out[0] * -(-out[1] // cost.ALIGNED) * cost.ALIGNED
+        tokens = images * -(-pixels // cost.GATHER_TOKENS) * cost.GATHER_TOKENS  # a block takes pixels of one image
+        call = cost.Call(pattern, shape[0], math.prod(shape[1:]), tokens, planes=planes)
     choice = cost.choose_kernel(call, kernels.shared_limit(device), gpu)
     return {} if choice is None else {"sparse": choice, "dense": cost.predict_dense(call, gpu)}
 

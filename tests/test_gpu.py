@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -237,6 +238,20 @@ def test_a_convolution_of_one_image_without_a_batch_agrees() -> None:
         check_conv2d(CONVOLUTIONS[0], torch.float16, batched=False)
 
 
+def test_parts_of_a_batch_may_start_anywhere() -> None:
+    odd = (4, 16, 35, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    with emulated() as emulator, mock.patch("lightning_hinm.ops.gpu.PLANES_BYTES", 1):
+        check_conv2d(odd, torch.float16)
+    assert emulator.launched == ["planes", "gather_f16_32"] * 4
+
+
+def test_an_image_with_more_pixels_than_a_grid_has_blocks_for_is_unfolded() -> None:
+    said = pytest.warns(UserWarning, match="no kernel takes images of")
+    with emulated() as emulator, mock.patch("lightning_hinm.ops.gpu.MOST_BLOCKS", 1), said:
+        check_conv2d(CONVOLUTIONS[0], torch.float16)
+    assert emulator.launched == []
+
+
 def test_images_are_taken_in_parts_that_bound_the_memory_of_their_planes() -> None:
     with emulated() as emulator, mock.patch("lightning_hinm.ops.gpu.PLANES_BYTES", 1):
         check_conv2d(CONVOLUTIONS[0], torch.float16)
@@ -398,6 +413,53 @@ def test_a_state_dict_and_a_copy_bring_their_fragments() -> None:
         other.load_state_dict(one.state_dict())
         assert torch.equal(other[3].expansion, one[3].expansion)  # type: ignore[index,union-attr]
         assert torch.equal(copy.deepcopy(one)[3].columns, one[3].columns)  # type: ignore[index,union-attr]
+
+
+def test_memory_format_and_an_idle_move_leave_fragments_alone() -> None:
+    with emulated():
+        model = to_hinm(pruned_model())
+        before = [tensor.data_ptr() for tensor in model[0].expanded.values()]  # type: ignore[index,operator,union-attr]
+        model.to(memory_format=torch.channels_last)
+        assert [tensor.data_ptr() for tensor in model[0].expanded.values()] == before  # type: ignore[index,operator,union-attr]
+
+
+def test_a_model_that_is_unpickled_where_no_kernel_runs_decodes_its_weights_anew(tmp_path: Path) -> None:
+    x = numbers(2, 4, 8, 8, dtype=torch.float16)
+    with emulated():
+        model = to_hinm(pruned_model())
+        torch.save(model, tmp_path / "model.pt")
+        with torch.inference_mode():
+            expected = model(x)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded[3].expansion_metadata is None
+    with torch.inference_mode():
+        assert relative_error(loaded(x), expected) < 2e-3
+    torch.save(loaded, tmp_path / "model.pt")
+    with emulated():
+        assert torch.load(tmp_path / "model.pt", weights_only=False)[3].expansion_metadata is not None
+
+
+def test_fragments_that_came_to_a_device_without_kernels_are_decoded_at_each_call() -> None:
+    packed, x = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16), numbers(5, 64, dtype=torch.float16)
+    with emulated():
+        expanded = expand_all(packed)
+    found = torch.ops.hinm.linear(x, *packed.tensors.values(), None, *expanded.values(), 64, *PLAIN.fields)
+    assert relative_error(found, F.linear(x.double(), unpack(packed).double())) < 2e-3
+
+
+def test_autocast_to_another_dtype_reaches_every_path() -> None:
+    packed, x = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16), numbers(5, 64, dtype=torch.float32)
+    x.requires_grad_()
+    with emulated() as emulator, torch.autocast("cpu", torch.bfloat16):
+        args = (*packed.tensors.values(), None, *expand_all(packed).values(), 64, *PLAIN.fields)
+        found = torch.ops.hinm.linear(x, *args)
+        found.sum().backward()
+        with only("none of them"), pytest.warns(UserWarning, match="no kernel has the shared memory"):
+            fallen_back = torch.ops.hinm.linear(x.detach(), *args)
+    assert emulator.launched == ["decode_bf16_8"]
+    expected = F.linear(x.double(), unpack(packed).double())
+    assert max(relative_error(each.detach(), expected.detach()) for each in (found, fallen_back)) < 1e-2
+    torch.testing.assert_close(x.grad, unpack(packed).float().sum(dim=0).expand(5, -1), rtol=2e-2, atol=2e-2)
 
 
 def test_explain_names_the_kernel_and_the_roof_that_binds() -> None:

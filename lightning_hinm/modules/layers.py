@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hinm.format import HiNMWeight, check_packed, unpack
-from lightning_hinm.ops import EXPANDED, expand_all, hinm_conv2d, hinm_linear
+from lightning_hinm.ops import EXPANDED, expand_all, hinm_conv2d, hinm_linear, no_kernel
 from lightning_hinm.pattern import from_matrix, layer_kind
 
 PACKED_TENSORS = ("values", "metadata", "vector_index", "output_order")
@@ -94,15 +94,24 @@ class HiNMLayer(nn.Module):
         # What was decoded suits one device and dtype: it is made anew, not moved. From meta there is nothing to decode.
         before = self.values
         expanded = {name: self._buffers.pop(name) for name in EXPANDED}
-        super()._apply(fn, recurse)
-        after = self.values
-        if before.is_meta or (before.device, before.dtype) == (after.device, after.dtype):
-            expanded = {name: tensor if tensor is None else fn(tensor) for name, tensor in expanded.items()}
-        else:
-            with torch.inference_mode(False), torch.no_grad():
-                expanded = expand_all(self.packed, groups=self.groups)
-        self._buffers.update(expanded)
+        try:
+            super()._apply(fn, recurse)
+            after = self.values
+            if before.is_meta:
+                expanded = {name: tensor if tensor is None else fn(tensor) for name, tensor in expanded.items()}
+            elif (before.device, before.dtype) != (after.device, after.dtype):
+                with torch.inference_mode(False), torch.no_grad():
+                    expanded = expand_all(self.packed, groups=self.groups)
+        finally:
+            self._buffers.update(expanded)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Unpickled on another kind of device than it was pickled on.
+        if not self.values.is_meta and (self.expansion_metadata is not None) != (no_kernel(self.packed) is None):
+            with torch.inference_mode(False), torch.no_grad():
+                self._buffers.update(expand_all(self.packed, groups=self.groups))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         *_, error_msgs = args

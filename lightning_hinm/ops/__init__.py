@@ -5,18 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hinm import kernels
 from lightning_hinm.ops import gpu, product
 from lightning_hinm.ops.operands import (
     EXPANDED,
     TENSORS,
     Conv2dOperands,
     LinearOperands,
+    Operands,
     cast,
     expand_all,
     expanded_bytes,
+    no_kernel,
 )
 
-__all__ = ["EXPANDED", "expand_all", "expanded_bytes", "hinm_conv2d", "hinm_linear"]
+__all__ = ["EXPANDED", "expand_all", "expanded_bytes", "hinm_conv2d", "hinm_linear", "no_kernel"]
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
 _TENSORS = (
@@ -33,10 +36,15 @@ _LIBRARY.define(
 )
 
 
+def _on_kernels(x: Tensor, operands: Operands) -> bool:
+    """Whether the weight is in the kernels' order, and still on a device that runs them."""
+    return operands.expansion_metadata is not None and kernels.refusal(x.device) is None
+
+
 def _linear(x: Tensor, *operands: Any) -> Tensor:
     linear = LinearOperands(*operands)
     linear.check(x)
-    return product.linear(x, linear) if linear.expansion_metadata is None else gpu.linear(x, linear)
+    return gpu.linear(x, linear) if _on_kernels(x, linear) else product.linear(x, linear)
 
 
 def _linear_fake(x: Tensor, *operands: Any) -> Tensor:
@@ -54,7 +62,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _conv2d(x: Tensor, *operands: Any) -> Tensor:
     conv2d = Conv2dOperands(*operands)
     size = conv2d.check(x)
-    return product.conv2d(x, conv2d, size) if conv2d.expansion_metadata is None else gpu.conv2d(x, conv2d, size)
+    return gpu.conv2d(x, conv2d, size) if _on_kernels(x, conv2d) else product.conv2d(x, conv2d, size)
 
 
 def _conv2d_fake(x: Tensor, *operands: Any) -> Tensor:

@@ -26,8 +26,8 @@ from lightning_hinm.ops.operands import (
 SHORT = {torch.float16: "f16", torch.bfloat16: "bf16"}
 ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
 MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
-MOST_IMAGES = 65535  # blocks along y and z of a grid
-MOST_TOKENS = MOST_IMAGES * 64  # 64 is what the least of blocks takes
+MOST_BLOCKS = 65535  # along y and z of a grid
+MOST_TOKENS = MOST_BLOCKS * 64  # 64 is what the least of blocks takes
 PLANES_BYTES = 1 << 28  # of shifted planes at a time
 
 
@@ -104,13 +104,15 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     numbers = operands.kernel_width * phases * operands.in_channels * plane
     weight = _fragments(operands)
     shared = cost.gather_shared(weight.tile_rows, weight.kept)
-    if shared > kernels.shared_limit(x.device) or numbers >= MOST_NUMBERS:
+    too_large = numbers >= MOST_NUMBERS or high * pitch > MOST_BLOCKS * cost.GATHER_TOKENS
+    if too_large or shared > kernels.shared_limit(x.device):
         warn_once(f"hinm::conv2d: no kernel takes images of {list(x.shape)} here. It unfolds them for a dense product.")
         return product.conv2d(x, operands, size)
-    step = min(max(PLANES_BYTES // (2 * numbers), 1), MOST_IMAGES)
+    direct = _is_read_as_it_lies(images, operands)
+    step = MOST_BLOCKS if direct else min(max(PLANES_BYTES // (2 * numbers), 1), MOST_BLOCKS)
     for first in range(0, len(out) if out.numel() else 0, step):
         part, out_part = images[first : first + step].contiguous(), out[first : first + step].flatten(2)
-        if _is_read_as_it_lies(part, operands):
+        if direct and part.data_ptr() % 16 == 0:
             matrix = part.flatten(2)
             _launch_gather(matrix, out_part, operands, Image(high * wide, high * wide, part.shape[1]))
             continue
@@ -175,8 +177,7 @@ def _is_read_as_it_lies(images: Tensor, operands: Conv2dOperands) -> bool:
     """Whether an image is a matrix of channels and pixels: each weight of its kernel meets every pixel."""
     pixel = (operands.kernel_height, operands.kernel_width, operands.stride_height, operands.stride_width)
     unpadded = (operands.padding_height, operands.padding_width) == (0, 0)
-    whole = images.shape[2] * images.shape[3] % ALIGNED == 0 and images.data_ptr() % 16 == 0
-    return pixel == (1, 1, 1, 1) and unpadded and whole
+    return pixel == (1, 1, 1, 1) and unpadded and images.shape[2] * images.shape[3] % ALIGNED == 0
 
 
 def _bias(operands: Operands) -> Tensor | None:

@@ -155,7 +155,8 @@ def tiles(operands: Operands) -> Tensor:
     """The dense expansion that was passed, else decoded now. ``[T, V, P]``."""
     if operands.expansion is not None and operands.expansion_metadata is None:
         return operands.expansion
-    return expand(operands.packed)
+    decoded = expand(operands.packed)
+    return decoded if operands.expansion is None else decoded.to(operands.expansion.dtype)  # which autocast may cast
 
 
 def columns_of_x(operands: Operands) -> Tensor:
@@ -173,6 +174,12 @@ def restored_rows(operands: Operands) -> Tensor:
     return inverse(operands.output_order.to(torch.int64))
 
 
+def no_kernel(packed: HiNMWeight) -> str | None:
+    """Why no kernel runs that weight where it is; None if one does."""
+    device, in_features = packed.values.device, math.prod(packed.shape[1:])
+    return kernels.refusal(device) or refusal(packed.pattern, in_features, packed.values.dtype)
+
+
 def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | None]:
     """What the ops need of a packed weight, decoded for its device: cached by the layers, and passed as operands.
 
@@ -186,7 +193,7 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
     """
     in_features, values = math.prod(packed.shape[1:]), packed.values
     if not values.is_meta:
-        reason = kernels.refusal(values.device) or refusal(packed.pattern, in_features, values.dtype)
+        reason = no_kernel(packed)
         if reason is None:
             if values.device.type == "cuda":
                 kernels.prepare(values.device)  # now: while a CUDA graph is captured, nothing can be loaded
@@ -214,7 +221,7 @@ def expanded_bytes(packed: HiNMWeight) -> int:
     """Bytes of what ``expand_all`` makes of a matrix or of a convolution's weight, without making it."""
     pattern, in_features, values = packed.pattern, math.prod(packed.shape[1:]), packed.values
     rows = packed.vector_index.shape[0] * pattern.vector_size
-    if kernels.refusal(values.device) is None and refusal(pattern, in_features, values.dtype) is None:
+    if no_kernel(packed) is None:
         kept = padded_kept(pattern, in_features)
         return rows * kept * 9 // 8 + rows // tile_rows(pattern) * kept * 2 + rows * 4
     kept = packed.vector_index.shape[1]

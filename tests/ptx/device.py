@@ -53,6 +53,7 @@ class Emulator:
         grid, shared = entry.grid(sizes), entry.shared_bytes(sizes)
         if 0 in grid:
             return
+        assert all(size <= most for size, most in zip(grid, kernels.GRID_LIMITS, strict=True)), f"{name}: {grid}"
         program = self._program(entry.kernel)
         assert shared + program.entries[name].shared_bytes <= SHARED_LIMIT, f"{name}: {shared} bytes of shared memory"
         self.launched.append(name)
