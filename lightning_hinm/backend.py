@@ -15,8 +15,10 @@ from lightning_hinm.modules import HiNMLayer, pack_layer, pack_weight
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
 from lightning_hinm.passes import (
     LayerCall,
+    absorb_orders_pass,
     find_fused_calls,
     find_layer_calls,
+    fuse_activations_pass,
     sparsify_layers_pass,
     unfuse_encoder_layers_pass,
 )
@@ -123,6 +125,7 @@ def hinm_backend(
         twins = {node: twin for node, twin in twins.items() if _pays(node, twin, calls)}
     packed = {node.name: twin.layer for node, twin in twins.items()}
     sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
+    fuse_activations_pass(absorb_orders_pass(gm))
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     checks = [(positions[node], twin) for node, twin in twins.items()]
     compiled = inner(gm, example_inputs)

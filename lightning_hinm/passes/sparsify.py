@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
 from lightning_hinm.ops import EXPANDED, hinm_conv2d, hinm_linear
+from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands
 
 log = logging.getLogger(__name__)
 
@@ -199,23 +200,24 @@ def _computes_the_layer(call: LayerCall, layer: HiNMLayer) -> bool:
 
 def _lift_buffers(gm: fx.GraphModule, weight: fx.Node, layer: HiNMLayer) -> dict[str, fx.Node | None]:
     """Nodes of the layer's buffers, after the last placeholder; None for a buffer that is None."""
-    nodes: dict[str, fx.Node | None] = {}
-    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-    for name in (*PACKED_TENSORS, *EXPANDED):
-        if getattr(layer, name) is None:
-            nodes[name] = None
-            continue
-        attribute = f"hinm_{weight.name}_{name}"
-        gm.register_buffer(attribute, getattr(layer, name), persistent=False)
-        sources = getattr(gm, "_param_name_to_source", None)
-        if sources is not None:
-            # AOTAutograd asks for the origin of every tensor that it lifts; a name of our own makes it a static input.
-            from torch._dynamo.source import LocalSource
+    tensors = {name: getattr(layer, name) for name in (*PACKED_TENSORS, *EXPANDED)}
+    return {
+        name: None if tensor is None else lift_buffer(gm, f"hinm_{weight.name}_{name}", tensor)
+        for name, tensor in tensors.items()
+    }
 
-            sources[attribute] = LocalSource(f"__{attribute}_{id(layer)}")
-        with gm.graph.inserting_after(last):
-            last = nodes[name] = gm.graph.get_attr(attribute)
-    return nodes
+
+def lift_buffer(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """A node of a tensor that the graph module holds from now on, before every call."""
+    gm.register_buffer(name, tensor, persistent=False)
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        # AOTAutograd asks for the origin of every tensor that it lifts; a name of our own makes it a static input.
+        from torch._dynamo.source import LocalSource
+
+        sources[name] = LocalSource(f"__{name}_{id(tensor)}")
+    with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+        return gm.graph.get_attr(name)
 
 
 def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mapping[str, fx.Node | None]) -> fx.Node:
@@ -250,3 +252,21 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
     """One number for each spatial dimension: convolutions take a single one for all."""
     sizes = (value,) if isinstance(value, int) else tuple(value)
     return sizes * count if len(sizes) == 1 else sizes
+
+
+def operand(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of a sparse op, by the name of its operand."""
+    fields = _FIELDS[node.target]
+    if name not in fields:
+        return default
+    place = 1 + fields.index(name)
+    return node.args[place] if place < len(node.args) else default
+
+
+def set_operand(node: fx.Node, name: str, value: Any) -> None:
+    """Passes another one, or one more."""
+    place = 1 + _FIELDS[node.target].index(name)
+    node.args = (*node.args[:place], value, *node.args[place + 1 :])
+
+
+_FIELDS: dict[Any, tuple[str, ...]] = {hinm_linear: LinearOperands._fields, hinm_conv2d: Conv2dOperands._fields}

@@ -1,0 +1,21 @@
+"""Graph rewrites on what Dynamo hands to a backend: each pass keeps what the graph computes, or does nothing."""
+
+from lightning_hinm.passes.absorb import absorb_orders_pass
+from lightning_hinm.passes.fuse import fuse_activations_pass
+from lightning_hinm.passes.sparsify import (
+    LayerCall,
+    find_fused_calls,
+    find_layer_calls,
+    sparsify_layers_pass,
+    unfuse_encoder_layers_pass,
+)
+
+__all__ = [
+    "LayerCall",
+    "absorb_orders_pass",
+    "find_fused_calls",
+    "find_layer_calls",
+    "fuse_activations_pass",
+    "sparsify_layers_pass",
+    "unfuse_encoder_layers_pass",
+]
