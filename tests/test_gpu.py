@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_hinm import HiNMLayout, HiNMPattern, explain, hinm_mask, kernels, pack, prune, to_hinm, unpack
 from lightning_hinm.format import HiNMWeight, random_weight
 from lightning_hinm.mask import choose_vectors
-from lightning_hinm.ops import cost, expand_all
+from lightning_hinm.ops import cost, expand_all, gpu
 from lightning_hinm.ops.cost import Call, Choice
 from lightning_hinm.ops.operands import ACTIVATIONS, activate
 from lightning_hinm.plan import Workload, measure
@@ -57,10 +57,10 @@ def only(kernel: str, tokens: int | None = None) -> Iterator[None]:
         found = [choice for choice in offered(call, shared_limit, gpu) if kernel.startswith(choice.kernel)]
         return [choice for choice in found if tokens in (None, choice.tokens)]
 
-    cost.choose_kernel.cache_clear()
+    gpu.choose.cache_clear()
     with mock.patch.object(cost, "list_kernels", list_kernels):
         yield
-    cost.choose_kernel.cache_clear()
+    gpu.choose.cache_clear()
 
 
 def run_linear(packed: HiNMWeight, x: Tensor, bias: Tensor | None, activation: str = "none") -> tuple[Tensor, Tensor]:

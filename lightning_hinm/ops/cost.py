@@ -3,7 +3,6 @@
 Shapes: O rows, I columns, N tokens, T tiles of V rows, K kept vectors of a tile, padded.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -58,7 +57,6 @@ class Choice:
     roof: str
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_kernel(call: Call, shared_limit: int, gpu: Gpu) -> Choice | None:
     """The kernel that should be fastest; None if none takes the call.
 

@@ -3,7 +3,8 @@
 Shapes: O rows, I columns, N tokens; B images of C channels; K kept vectors of a tile, padded.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,10 @@ from lightning_hinm.ops.operands import (
     pattern_of,
     warn_once,
 )
+from lightning_hinm.pattern import HiNMPattern
 
 SHORT = {torch.float16: "f16", torch.bfloat16: "bf16"}
+PATTERN = slice(LinearOperands._fields.index("vector_size"), LinearOperands._fields.index("window") + 1)
 ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
 MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
 MOST_BLOCKS = 65535  # along y and z of a grid
@@ -37,13 +40,23 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
     out = x.new_empty(tokens.shape[0], operands.output_order.shape[0])
     if not out.numel():
         return out.reshape(*x.shape[:-1], out.shape[1])
-    call = Call(pattern_of(operands), out.shape[1], operands.in_features, out.shape[0], _is_feature_major(tokens))
-    choice = cost.choose_kernel(call, kernels.shared_limit(x.device), cost.gpu_of(x.device))
+    sizes = (out.shape[1], operands.in_features, out.shape[0], _is_feature_major(tokens))
+    choice = choose(x.device, operands[PATTERN], *sizes)
     if choice is None:
+        call = Call(pattern_of(operands), *sizes)
         warn_once(f"hinm::linear: no kernel has the shared memory for {call}. It gathers for a dense product.")
         return product.linear(x, operands)
     run_linear(tokens, out, operands, choice)
     return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+@functools.lru_cache(maxsize=4096)  # on what is cheap to hash: it stands before every launch
+def choose(
+    device: torch.device, fields: tuple[Any, ...], rows: int, in_features: int, tokens: int, feature_major: bool
+) -> Choice | None:
+    """The kernel for a call of a linear layer, given the fields of its pattern; None if none takes it."""
+    call = Call(HiNMPattern(*fields), rows, in_features, tokens, feature_major)
+    return cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device))
 
 
 def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
