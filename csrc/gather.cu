@@ -27,6 +27,7 @@ struct Shape {
     static constexpr int METADATA = VECTOR_SIZE / 32 * DEPTH / 32 * LANES * 4;
     static constexpr int INPUT = DEPTH * TOKENS * 2;
     static constexpr int STAGE = INPUT + VALUES + METADATA;
+    static_assert(VECTOR_SIZE <= THREADS);
     static_assert(VALUES % (THREADS * 16) == 0 && METADATA <= THREADS * 16, "copied by all threads, and by some");
     static_assert(VECTOR_SIZE * OUT_PITCH * 4 <= STAGES * STAGE, "the output tile takes the place of the stages");
 };
@@ -39,8 +40,10 @@ __device__ __forceinline__ void gather(
     int pitch, int width, int channels, int tiles_of_group, int kernel_height, int kernel_width, int stride_height,
     int dilation_height, int activation) {
     using S = Shape<VECTOR_SIZE>;
-    extern __shared__ __align__(128) uint8_t stages[];  // [STAGES, STAGE], then int offsets[kept]
-    int* offsets = reinterpret_cast<int*>(stages + STAGES * S::STAGE);
+    extern __shared__ __align__(128) uint8_t stages[];  // [STAGES, STAGE], then rows, biases and int offsets[kept]
+    int* own_rows = reinterpret_cast<int*>(stages + STAGES * S::STAGE);  // [VECTOR_SIZE]
+    float* shifts = reinterpret_cast<float*>(own_rows + VECTOR_SIZE);    // [VECTOR_SIZE]
+    int* offsets = reinterpret_cast<int*>(shifts + VECTOR_SIZE);
 
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const int warp_row = warp % S::ROW_WARPS * S::ROWS, warp_token = warp / S::ROW_WARPS * S::WARP_TOKENS;
@@ -58,6 +61,11 @@ __device__ __forceinline__ void gather(
         const int s = column % kernel_width, r = column / kernel_width % kernel_height * dilation_height;
         const int channel = first_channel + column / (kernel_width * kernel_height);
         offsets[k] = ((s * phases + r % stride_height) * channels + channel) * plane + r / stride_height * pitch;
+    }
+    if (threadIdx.x < VECTOR_SIZE) {
+        const int row = rows[tile * VECTOR_SIZE + threadIdx.x];
+        own_rows[threadIdx.x] = row;
+        shifts[threadIdx.x] = bias && row >= 0 ? Type::widen(bias[row]) : 0.0f;
     }
     __syncthreads();
 
@@ -143,23 +151,29 @@ __device__ __forceinline__ void gather(
     __syncthreads();
     const bool pairs = width == pitch && out_stride % 2 == 0 && reinterpret_cast<uint64_t>(out) % 4 == 0;
     const int token = first_token + threadIdx.x % (TOKENS / 2) * 2;
-#pragma unroll 1
-    for (int line = threadIdx.x / (TOKENS / 2); line < VECTOR_SIZE; line += THREADS / (TOKENS / 2)) {
-        const int row = rows[tile * VECTOR_SIZE + line];
-        if (row < 0 || token >= tokens) continue;
-        const float2 sum = *reinterpret_cast<const float2*>(tile_out + line * OUT_PITCH + token - first_token);
-        const float shift = bias ? Type::widen(bias[row]) : 0.0f;
-        const uint32_t pair = Type::narrow(activate(sum.x + shift, activation), activate(sum.y + shift, activation));
-        uint16_t* to = out + int64_t(row) * out_stride;
-        if (pairs && token + 1 < tokens) {
-            *reinterpret_cast<uint32_t*>(to + token) = pair;
-            continue;
+    if (token >= tokens) return;
+    by_cost(activation, [&](auto cheap) {
+        constexpr bool CHEAP = decltype(cheap)::value;
+        constexpr int AT_ONCE = THREADS / (TOKENS / 2), UNROLLED = CHEAP ? 4 : 1;
+#pragma unroll UNROLLED
+        for (int part = 0; part < VECTOR_SIZE / AT_ONCE; ++part) {
+            const int line = threadIdx.x / (TOKENS / 2) + part * AT_ONCE, row = own_rows[line];
+            const float2 sum = *reinterpret_cast<const float2*>(tile_out + line * OUT_PITCH + token - first_token);
+            const float shift = shifts[line];
+            const uint32_t pair = Type::narrow(activate<CHEAP>(sum.x + shift, activation),
+                                               activate<CHEAP>(sum.y + shift, activation));
+            uint16_t* to = out + int64_t(row) * out_stride;
+            if (row < 0) continue;
+            if (pairs && token + 1 < tokens) {
+                *reinterpret_cast<uint32_t*>(to + token) = pair;
+                continue;
+            }
+            // Pixels beyond the width of the image are there for alignment alone.
+            if (token % pitch < width) to[token / pitch * width + token % pitch] = uint16_t(pair);
+            if (token + 1 < tokens && (token + 1) % pitch < width)
+                to[(token + 1) / pitch * width + (token + 1) % pitch] = uint16_t(pair >> 16);
         }
-        // Pixels beyond the width of the image are there for alignment alone.
-        if (token % pitch < width) to[token / pitch * width + token % pitch] = uint16_t(pair);
-        if (token + 1 < tokens && (token + 1) % pitch < width)
-            to[(token + 1) / pitch * width + (token + 1) % pitch] = uint16_t(pair >> 16);
-    }
+    });
 }
 
 #define GATHER(NAME, TYPE, VECTOR_SIZE)                                                                               \

@@ -114,3 +114,22 @@ __device__ __forceinline__ float activate(float x, int activation) {
         default: return x;
     }
 }
+
+// Calls write(TrueType) or write(FalseType): for activations of an instruction or two, a loop may be unrolled; the
+// others stand in the text once.
+struct TrueType {
+    static constexpr bool value = true;
+};
+struct FalseType {
+    static constexpr bool value = false;
+};
+template <typename Write>
+__device__ __forceinline__ void by_cost(int activation, Write write) {
+    if (activation <= RELU) write(TrueType{});
+    else write(FalseType{});
+}
+template <bool CHEAP>
+__device__ __forceinline__ float activate(float x, int activation) {
+    if constexpr (CHEAP) return activation == RELU && x < 0.0f ? 0.0f : x;
+    else return activate(x, activation);
+}

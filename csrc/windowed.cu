@@ -189,20 +189,26 @@ __device__ __forceinline__ void windowed(
                     block[(token + 2 * t + (j & 1)) * OUT_PITCH + warp_row + 16 * i + g + 8 * (j >> 1)] = sums[i][n][j];
         }
         __syncthreads();
-#pragma unroll 1
-        for (int line = threadIdx.x / (ROWS / 2); line < OUT_TOKENS; line += THREADS / (ROWS / 2)) {
-            const int token = first_token + pass * OUT_TOKENS + line;
-            if (token >= tokens) break;
-            const float2 sum = *reinterpret_cast<const float2*>(block + line * OUT_PITCH + column);
-            const uint32_t pair = Type::narrow(activate(sum.x + shift_x, activation), activate(sum.y + shift_y, activation));
-            uint16_t* outputs = out + int64_t(token) * out_stride;
-            if (pair_of_outputs) {
-                *reinterpret_cast<uint32_t*>(outputs + to.x) = pair;
-                continue;
+        by_cost(activation, [&](auto cheap) {
+            constexpr bool CHEAP = decltype(cheap)::value;
+            constexpr int AT_ONCE = THREADS / (ROWS / 2), UNROLLED = CHEAP ? 4 : 1;
+#pragma unroll UNROLLED
+            for (int part = 0; part < OUT_TOKENS / AT_ONCE; ++part) {
+                const int line = threadIdx.x / (ROWS / 2) + part * AT_ONCE;
+                const int token = first_token + pass * OUT_TOKENS + line;
+                const float2 sum = *reinterpret_cast<const float2*>(block + line * OUT_PITCH + column);
+                const uint32_t pair = Type::narrow(activate<CHEAP>(sum.x + shift_x, activation),
+                                                   activate<CHEAP>(sum.y + shift_y, activation));
+                if (token >= tokens) continue;
+                uint16_t* outputs = out + int64_t(token) * out_stride;
+                if (pair_of_outputs) {
+                    *reinterpret_cast<uint32_t*>(outputs + to.x) = pair;
+                    continue;
+                }
+                if (to.x >= 0) outputs[to.x] = uint16_t(pair);
+                if (to.y >= 0) outputs[to.y] = uint16_t(pair >> 16);
             }
-            if (to.x >= 0) outputs[to.x] = uint16_t(pair);
-            if (to.y >= 0) outputs[to.y] = uint16_t(pair >> 16);
-        }
+        });
     }
 }
 

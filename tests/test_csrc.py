@@ -54,7 +54,16 @@ def check_assembly(file: str, architecture: str, ptxas: str) -> None:
         assert used[name]["shared"] == listed["shared"]
 
 
-@pytest.mark.parametrize(("file", "architecture"), [(text["file"], name) for text in TEXTS for name in served(text)])
+# The others differ from one of these in their limits, hardly in their instructions.
+SAMPLED = ("sm_80", "sm_90", "sm_100", "sm_120")
+ASSEMBLED = [
+    pytest.param(text["file"], name, marks=() if name in SAMPLED else pytest.mark.slow)
+    for text in TEXTS
+    for name in served(text)
+]
+
+
+@pytest.mark.parametrize(("file", "architecture"), ASSEMBLED)
 def test_the_newest_assembler_takes_every_text(file: str, architecture: str) -> None:
     check_assembly(file, architecture, ptxas_of(NEWEST))
 

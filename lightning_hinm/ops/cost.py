@@ -136,7 +136,7 @@ def held_columns(window: int, runs: int, tokens: int) -> int:
 
 def gather_shared(height: int, kept: int) -> int:
     """Bytes of shared memory of one block of the gather kernel."""
-    return 3 * (16384 + 72 * height) + 4 * kept
+    return 3 * (16384 + 72 * height) + 8 * height + 4 * kept
 
 
 def _tightest(roofs: dict[str, float], gpu: Gpu) -> tuple[float, str]:
