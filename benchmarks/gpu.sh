@@ -7,14 +7,21 @@
 #   benchmarks/gpu.sh --step speed       one step; python -m benchmarks.gpu --help names them
 #
 # Results: benchmarks/results/gpu-<name of the GPU>.json and .png, and copies of both in $OUT, if that is set.
-# Exit code: 0 if every step passed, 2 without a GPU. PYTHON names the interpreter; else it is the one in .venv, where
-# that has a torch with CUDA, and else python3.
+# Exit code: 0 if every step passed, 2 without a GPU. PYTHON names the interpreter; else it is the first of
+# .venv/bin/python and python3 that has a torch with CUDA.
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 LIGHTNING_HINM_LAYOUTS=off
 export LIGHTNING_HINM_GPUS=off  # the planner works with the table that is shipped, wherever this runs
-cuda='import sys, torch; sys.exit(torch.version.cuda is None)'
-if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ] && .venv/bin/python -c "$cuda" 2>/dev/null; then
-    PYTHON=.venv/bin/python
+if [ -z "${PYTHON:-}" ]; then
+    for found in .venv/bin/python python3; do
+        "$found" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null && PYTHON=$found && break
+        "$found" -c 'import torch' 2>/dev/null && last=$found  # without CUDA: it can at least say so
+    done
 fi
-exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
+PYTHON=${PYTHON:-${last:-}}
+if [ -z "$PYTHON" ]; then
+    echo "error: neither .venv/bin/python nor python3 has torch, but the benchmark needs torch with CUDA. Set PYTHON." >&2
+    exit 2
+fi
+exec "$PYTHON" -m benchmarks.gpu "$@"
