@@ -2,7 +2,7 @@
 
 The same compiler gives the same bytes, in any folder. The ``.version`` line is lowered to what the instructions need,
 so that older drivers take the text; ptxas refuses it where that is too low. Where a text multiplies sparse matrices, a
-second one says ``mma.sp::ordered_metadata``, which GPUs of compute capability 10 and up run at full rate.
+second one says ``mma.sp::ordered_metadata``, the form of PTX ISA 8.5, for GPUs of compute capability 10 and up.
 """
 
 import argparse

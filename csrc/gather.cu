@@ -1,7 +1,7 @@
 // y = activate(W x + bias) on feature-major storage: x is [columns, tokens], y is [rows, tokens].
 //
 // One CTA computes one tile for TOKENS tokens. Each kept vector multiplies one column of the input, which is a row of
-// this storage: contiguous, wherever it lies, so that the gather is 16-byte asynchronous copies and costs nothing. The
+// this storage: contiguous, wherever it lies, so that the gather is 16-byte asynchronous copies, as of any matrix. The
 // output row of each packed row is free for the same reason.
 //
 // A convolution reads the same way. An image [channels, height, width] is feature-major already; for kernels wider

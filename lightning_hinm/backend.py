@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.modules import HiNMLayer, pack_layer, pack_weight
-from lightning_hinm.ops import hinm_conv2d, hinm_linear
+from lightning_hinm.ops import hinm_conv2d, hinm_linear, warn_once
 from lightning_hinm.passes import (
     LayerCall,
     absorb_orders_pass,
@@ -109,7 +108,7 @@ def hinm_backend(
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         idle = [layers[node].name for node in layouts if not layers[node].module.training]
         if idle:
-            _warn_once(
+            warn_once(
                 f"torch.compile(backend='hinm'): gradients are enabled, so {len(idle)} pruned layers run dense "
                 f"({_few(idle)}). For inference, call the model under torch.inference_mode()."
             )
@@ -287,7 +286,7 @@ def _walk(source: Any, local_scope: Mapping[str, Any], global_scope: Mapping[str
 def _warn_without_layout(gm: fx.GraphModule, calls: Sequence[LayerCall]) -> None:
     sparse = any(node.target in (hinm_linear, hinm_conv2d) for node in gm.graph.nodes)
     if calls and not sparse:
-        _warn_once(
+        warn_once(
             f"torch.compile(backend='hinm'): none of {len(calls)} linear and convolution layers in the graph has a "
             "layout, so all run dense. Prune the model by prune() or HiNMPruning; in a new process, call "
             "load_layouts(model, ckpt_path) after loading the weights."
@@ -299,15 +298,10 @@ def _warn_out_of_reach(weights: Mapping[str, fx.Node]) -> None:
         users = sorted(
             {getattr(user.target, "__name__", str(user.target)) for node in weights.values() for user in node.users}
         )
-        _warn_once(
+        warn_once(
             f"torch.compile(backend='hinm'): {len(weights)} pruned layers run dense ({_few(list(weights))}), because "
             f"{_few(users)} takes their weights by itself. Only a call of the layer becomes a sparse op."
         )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -57,6 +57,15 @@ def inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
+def is_in_order(order: Tensor) -> bool:
+    """Whether an order, ``[O]``, leaves everything where it is; what an order on the meta device does is unknown.
+
+    >>> is_in_order(torch.tensor([0, 1, 2])), is_in_order(torch.tensor([1, 0, 2]))
+    (True, False)
+    """
+    return not order.is_meta and torch.equal(order.to(torch.int64), torch.arange(len(order), device=order.device))
+
+
 def check_layout(layout: HiNMLayout, rows: int, in_features: int, *, groups: int = 1, name: str = "layout") -> None:
     """Refuses a layout that does not fit a weight of ``rows`` x ``in_features``: an index out of range would be a read
     out of bounds in a kernel, so files, caches and checkpoints all pass through here.

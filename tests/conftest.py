@@ -4,8 +4,12 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from lightning_hinm.ops import warn_once
 
 os.environ["LIGHTNING_HINM_LAYOUTS"] = "off"  # a search that is tested is a search that runs
 
@@ -16,3 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before, and nothing warned of."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    warn_once.cache_clear()
+    yield
+    torch.compiler.reset()

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import lightning_hinm.backend
 from lightning_hinm import HiNMPattern, prune, repack, save_hinm, to_hinm
 from lightning_hinm.prune import layout_of
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 PATTERN = HiNMPattern(vector_size=8)
 ROOT = Path(__file__).parents[1]
 
@@ -63,15 +63,6 @@ def sparse_calls(function: Any, *inputs: Tensor) -> int:
 def assert_same(function: Any, model: Any, *inputs: Tensor, calls: int = 5) -> None:
     torch.testing.assert_close(function(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
     assert sparse_calls(function, *inputs) == calls
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    lightning_hinm.backend._warn_once.cache_clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

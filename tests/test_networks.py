@@ -2,7 +2,6 @@
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
-import lightning_hinm.backend
 from lightning_hinm import HiNMPattern, prune, to_hinm
 from lightning_hinm.modules import HiNMLayer
 from lightning_hinm.prune import PruningReport
@@ -19,16 +17,10 @@ from tests.networks import NETWORKS
 PATTERN = HiNMPattern(vector_size=8)
 
 # With a padding mask, eager PyTorch takes nested tensors.
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    lightning_hinm.backend._warn_once.cache_clear()
-    yield
-    torch.compiler.reset()
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),
+]
 
 
 def pruned(name: str) -> tuple[Any, PruningReport]:

@@ -17,9 +17,10 @@ from lightning_hinm.ops.operands import (
     expand_all,
     expanded_bytes,
     no_kernel,
+    warn_once,
 )
 
-__all__ = ["EXPANDED", "expand_all", "expanded_bytes", "hinm_conv2d", "hinm_linear", "no_kernel"]
+__all__ = ["EXPANDED", "expand_all", "expanded_bytes", "hinm_conv2d", "hinm_linear", "no_kernel", "warn_once"]
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
 _TENSORS = (

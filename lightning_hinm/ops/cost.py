@@ -4,7 +4,7 @@ Shapes: O rows, I columns, N tokens, T tiles of V rows, K kept vectors of a tile
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lightning_hinm.ops.figures import Gpu, gpu_of
 from lightning_hinm.ops.fragments import padded_kept, tile_rows
@@ -16,9 +16,7 @@ DECODE_TOKENS = 32  # beyond, the weight would be read more than twice
 WINDOWED_OUT = 33280  # bytes of shared memory through which the windowed kernel writes
 DECODE_ROWS, WINDOWED_ROWS, GATHER_TOKENS = 32, 256, 128
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
-
-
-# Of the rate of mma.sp, what is left beside turning row-major input in shared memory: its clocks, counted.
+# Of the rate of mma.sp, what is left beside turning row-major input in shared memory: an estimate, from its wavefronts.
 WINDOWED_RATE = 0.7
 
 
@@ -87,7 +85,9 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
     kept = padded_kept(pattern, call.in_features)
     weight = rows * kept * 2 * 9 // 16 + rows // height * kept * 2  # half of the numbers, their metadata, the index
 
-    def predict(tokens: int, high: int, shared: int, read: int, extra: tuple[int, int], rate: float = 1.0) -> Choice:
+    def predict(
+        kernel: str, tokens: int, high: int, shared: int, read: int, extra: tuple[int, int], rate: float = 1.0
+    ) -> Choice:
         """For blocks of ``tokens`` tokens and ``high`` rows that read so many columns; ``extra`` bytes and launches."""
         wide = -(-n // tokens)
         blocks = wide * -(-rows // high)
@@ -99,7 +99,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
             "tensor cores": rows * kept * wide * tokens / (rate * gpu.sparse) * waves,
         }
         seconds, roof = _tightest(roofs, gpu)
-        return Choice("", tokens, shared, seconds + extra[1] * gpu.launch, roof)
+        return Choice(kernel, tokens, shared, seconds + extra[1] * gpu.launch, roof)
 
     if call.planes is None:
         # The decode kernel wants rows: what lies feature-major is copied into rows first.
@@ -107,21 +107,21 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         if n <= DECODE_TOKENS:
             for tokens in (8, 16):
                 shared = (2 * decode_pitch(columns) + 1152) * tokens
-                yield replace(predict(tokens, DECODE_ROWS, shared, columns, copied), kernel="decode")
+                yield predict("decode", tokens, DECODE_ROWS, shared, columns, copied)
         window = columns if len(runs) == 1 else pattern.window or columns
         for tokens in (128, 64) if window % ALIGNED == 0 else ():
             if call.feature_major:
                 shared, rate = 2 * tokens * held_columns(window, len(runs), tokens), 1.0
             else:
                 shared, rate = (512 + 2 * window) * tokens, WINDOWED_RATE
-            yield replace(predict(tokens, WINDOWED_ROWS, shared, columns, (0, 0), rate), kernel="windowed")
+            yield predict("windowed", tokens, WINDOWED_ROWS, shared, columns, (0, 0), rate)
         # Columns are wanted, and columns come out.
         turned = 4 * n * (call.rows if call.feature_major else call.rows + call.in_features)
         extra = (turned, 1 if call.feature_major else 2)
     else:
         extra = (2 * call.planes, 1 if call.planes else 0)
     shared = gather_shared(height, kept)
-    yield replace(predict(GATHER_TOKENS, height, shared, kept, extra), kernel="gather")
+    yield predict("gather", GATHER_TOKENS, height, shared, kept, extra)
 
 
 def decode_pitch(columns: int) -> int:

@@ -11,13 +11,14 @@ import math
 import os
 import re
 import tempfile
-import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from lightning_hinm.ops.operands import warn_once
 
 SWITCH = "LIGHTNING_HINM_GPUS"
 
@@ -103,7 +104,7 @@ def load_gpu(device_name: str) -> Gpu | None:
             if type(value) not in kinds or (name not in ("name", "measured") and not 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r} makes no sense")
     except (OSError, ValueError, RecursionError) as error:
-        _warn_once(f"{path}: {error}, so kernels are chosen by estimates. Run python -m lightning_hinm tune again.")
+        warn_once(f"{path}: {error}, so kernels are chosen by estimates. Run python -m lightning_hinm tune again.")
         return None
     return Gpu(**given)
 
@@ -122,8 +123,3 @@ def _path(device_name: str) -> Path | None:
         release = "source"
     name = re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-")
     return (Path(setting) if setting else base) / f"{name}-{release}.json"
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)

@@ -152,8 +152,8 @@ def _pair_groups(columns: Tensor, run: range) -> Tensor:
     """An order of the groups of a run, ``[T, groups]``, in which neighbours collide little in shared memory.
 
     The windowed kernel gathers two groups at a time from rows that lie in as many different banks as their columns
-    differ modulo ``BANKS``. Each group in turn takes the best of those that are left for its partner: a fifth fewer
-    collisions than by chance. The order of groups means nothing else.
+    differ modulo ``BANKS``. Each group in turn takes the best of those that are left for its partner. The order of
+    groups means nothing else.
 
     Args:
         columns: ``[T, P / 4, 4]``.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_hinm import kernels
 from lightning_hinm.format import HiNMWeight, expand
-from lightning_hinm.layout import inverse
+from lightning_hinm.layout import inverse, is_in_order
 from lightning_hinm.ops.fragments import arrange, padded_kept, refusal, tile_rows
 from lightning_hinm.pattern import HiNMPattern
 
@@ -202,7 +202,7 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
             warn_once(f"hinm: no kernel for a packed layer: {reason}. It gathers and calls a dense product instead.")
     columns = decode_columns(packed.vector_index, in_features, packed.pattern.m, groups)
     order = packed.output_order.to(torch.int64)
-    restore = order.new_empty(0) if _is_in_order(packed) else inverse(order)
+    restore = order.new_empty(0) if is_in_order(packed.output_order) else inverse(order)
     return dict(zip(EXPANDED, (expand(packed), None, columns, restore), strict=True))
 
 
@@ -210,11 +210,6 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
 def warn_once(message: str) -> None:
     """A warning that is given once in a process."""
     warnings.warn(message, stacklevel=2)
-
-
-def _is_in_order(packed: HiNMWeight) -> bool:
-    order = packed.output_order
-    return not order.is_meta and torch.equal(order.to(torch.int64), torch.arange(len(order), device=order.device))
 
 
 def expanded_bytes(packed: HiNMWeight) -> int:
@@ -225,7 +220,7 @@ def expanded_bytes(packed: HiNMWeight) -> int:
         kept = padded_kept(pattern, in_features)
         return rows * kept * 9 // 8 + rows // tile_rows(pattern) * kept * 2 + rows * 4
     kept = packed.vector_index.shape[1]
-    restore = 0 if _is_in_order(packed) else packed.shape[0] * 8
+    restore = 0 if is_in_order(packed.output_order) else packed.shape[0] * 8
     return rows * kept * values.element_size() + packed.vector_index.numel() * 8 + restore
 
 

@@ -1,6 +1,5 @@
 """Orders of rows that need not be restored, because all who read the rows can be told of the order instead."""
 
-import logging
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from lightning_hinm.layout import inverse
+from lightning_hinm.layout import inverse, is_in_order
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
-from lightning_hinm.passes.sparsify import lift_buffer, operand, set_operand
-
-log = logging.getLogger(__name__)
+from lightning_hinm.passes.sparsify import finish_pass, lift_buffer, operand, set_operand
 
 CHANNEL_AXIS: Mapping[Any, int] = {hinm_linear: -1, hinm_conv2d: -3}
 # What maps each number by itself, whatever its channel. Whatever is not in these tables restores.
@@ -65,17 +62,13 @@ def absorb_orders_pass(gm: fx.GraphModule) -> fx.GraphModule:
         if node.target in CHANNEL_AXIS and (found := _follow(gm, node)) is not None:
             _absorb(gm, node, *found)
             count += 1
-    if count:
-        gm.graph.lint()
-        gm.recompile()
-        log.info("absorb_orders_pass: %d orders", count)
-    return gm
+    return finish_pass(gm, "absorb_orders_pass", count, "orders")
 
 
 def _follow(gm: fx.GraphModule, producer: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | None:
     """The readers of a layer's rows and the BatchNorms on the way, if the order can be absorbed by all of them."""
     order = _buffer(gm, producer, "output_order")
-    if order is None or _is_in_order(order):
+    if order is None or is_in_order(order):
         return None
     axis = CHANNEL_AXIS[producer.target]
     carried, readers, norms = {producer}, [], []
@@ -194,10 +187,6 @@ def _is_frozen_norm(node: fx.Node, carried: set[fx.Node]) -> bool:
     parameters = [given[name] for name in CHANNEL_PARAMETERS]
     fixed = given["training"] is False and given["running_mean"] is not None
     return fixed and given["input"] in carried and not carried & set(_nodes(parameters))
-
-
-def _is_in_order(order: Tensor) -> bool:
-    return torch.equal(order.to(torch.int64), torch.arange(len(order), device=order.device))
 
 
 def _nodes(arguments: Any) -> list[fx.Node]:

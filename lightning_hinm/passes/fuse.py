@@ -1,6 +1,5 @@
 """Activations that a kernel applies before it writes."""
 
-import logging
 from typing import Any
 
 import torch
@@ -8,9 +7,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
-from lightning_hinm.passes.sparsify import operand, set_operand
-
-log = logging.getLogger(__name__)
+from lightning_hinm.passes.sparsify import finish_pass, operand, set_operand
 
 _NAMES: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", "relu": "relu", "relu_": "relu", F.silu: "silu"}
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -50,11 +47,7 @@ def fuse_activations_pass(gm: fx.GraphModule) -> fx.GraphModule:
         users[0].replace_all_uses_with(node)
         gm.graph.erase_node(users[0])
         count += 1
-    if count:
-        gm.graph.lint()
-        gm.recompile()
-        log.info("fuse_activations_pass: %d activations", count)
-    return gm
+    return finish_pass(gm, "fuse_activations_pass", count, "activations")
 
 
 def _activation_of(user: fx.Node, node: fx.Node) -> str | None:

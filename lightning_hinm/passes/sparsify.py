@@ -110,11 +110,7 @@ def unfuse_encoder_layers_pass(gm: fx.GraphModule, weights: Set[str]) -> fx.Grap
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         count += 1
-    if count:
-        gm.graph.lint()
-        gm.recompile()
-        log.info("unfuse_encoder_layers_pass: %d layers", count)
-    return gm
+    return finish_pass(gm, "unfuse_encoder_layers_pass", count, "layers")
 
 
 def _encoder_arguments(node: fx.Node) -> dict[str, Any]:
@@ -181,10 +177,15 @@ def sparsify_layers_pass(gm: fx.GraphModule, layers: Mapping[str, HiNMLayer]) ->
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         count += 1
+    return finish_pass(gm, "sparsify_layers_pass", count, f"calls of {len(buffers)} layers")
+
+
+def finish_pass(gm: fx.GraphModule, name: str, count: int, what: str) -> fx.GraphModule:
+    """Checks and compiles a graph in which a pass has changed anything, and says so; returns it."""
     if count:
         gm.graph.lint()
         gm.recompile()
-        log.info("sparsify_layers_pass: %d calls of %d layers", count, len(buffers))
+        log.info("%s: %d %s", name, count, what)
     return gm
 
 
