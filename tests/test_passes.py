@@ -249,10 +249,10 @@ def sparsified(layers: list[nn.Module], function: Callable[..., Tensor], x: Tens
 def test_an_order_that_all_readers_can_be_told_of_is_absorbed(
     case: tuple[list[nn.Module], Callable[..., Tensor], Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "lightning_hinm.passes.absorb")
+    caplog.set_level("INFO", "lightning_hinm.passes")
     gm, inputs, expected = sparsified(*case)
     absorb_orders_pass(gm)
-    assert caplog.messages == ["absorb_orders_pass: 1 orders"]
+    assert caplog.messages[-1] == "absorb_orders_pass: 1 orders"
     first = next(node for node in gm.graph.nodes if "hinm." in str(node.target))
     order = getattr(gm, operand(first, "output_order").target)
     assert torch.equal(order, torch.arange(len(order)))
