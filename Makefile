@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: setup test test-all lint demo demo-cnn benchmark benchmark-search benchmark-gpu
+.PHONY: setup test test-all lint demo demo-cnn benchmark benchmark-models benchmark-search benchmark-gpu
 
 setup: .venv/.installed
 
@@ -31,6 +31,9 @@ demo-cnn: setup
 
 benchmark: setup
 	$(PYTHON) benchmarks/cpu.py $(ARGS)
+
+benchmark-models: setup
+	$(PYTHON) -m benchmarks.models $(ARGS)
 
 benchmark-search: setup
 	$(PYTHON) -m benchmarks.search $(ARGS)
