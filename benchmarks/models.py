@@ -48,7 +48,7 @@ from recipes.minilm import MODEL, MiniLM
 
 OUT = Path(__file__).with_name("results") / "models.json"
 TOLERANCE = 1e-5  # largest difference of an output, in units of its largest value
-SEARCH_SECONDS = 3.0  # for all layers of a network together
+SEARCH_SECONDS = 5.0  # for all layers of a network together
 PARTS, LEAST = 6, 12  # parts of a run that are compared, and the calls that they need
 MINILM, MINILM_PATTERN, COMPILE = 1.3, (0.875, 64), 2.0  # the goals, and the pattern at which MiniLM has one
 
