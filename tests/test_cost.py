@@ -26,6 +26,7 @@ CALLS = st.builds(
     in_features=st.integers(4, 20000),
     tokens=st.integers(1, 20000),
     feature_major=st.booleans(),
+    feature_major_out=st.booleans(),
 )
 
 
@@ -55,6 +56,17 @@ def test_more_tokens_never_take_less_time(call: Call) -> None:
     for choice in list_kernels(more, LIMIT, H100):
         if choice.kernel == "gather":
             assert choice.seconds >= times[choice.kernel] * (1 - 1e-9)
+
+
+def test_the_gather_kernel_gains_by_feature_major_storage_and_the_others_turn_it() -> None:
+    rows = Call(HiNMPattern(), 3072, 4096, 4096)
+    features, out = replace(rows, feature_major=True), replace(rows, feature_major_out=True)
+    seconds = [
+        {choice.kernel: choice.seconds for choice in list_kernels(call, LIMIT, H100) if choice.tokens == 128}
+        for call in (rows, features, replace(out, feature_major=True), out)
+    ]
+    assert seconds[0]["gather"] > seconds[1]["gather"] > seconds[2]["gather"]
+    assert seconds[0]["windowed"] < seconds[3]["windowed"]
 
 
 def test_decode_is_for_few_tokens() -> None:

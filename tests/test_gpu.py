@@ -63,18 +63,20 @@ def only(kernel: str, tokens: int | None = None) -> Iterator[None]:
     gpu.choose.cache_clear()
 
 
-def run_linear(packed: HiNMWeight, x: Tensor, bias: Tensor | None, activation: str = "none") -> tuple[Tensor, Tensor]:
+def run_linear(
+    packed: HiNMWeight, x: Tensor, bias: Tensor | None, activation: str = "none", feature_major: bool = False
+) -> tuple[Tensor, Tensor]:
     """What the op finds on its kernels, and what float64 says."""
     pattern, columns = packed.pattern, packed.shape[1]
     expanded = expand_all(packed)
     assert expanded["expansion_metadata"] is not None, "the layer holds fragments"
     found = torch.ops.hinm.linear(
-        x, *packed.tensors.values(), bias, *expanded.values(), columns, *pattern.fields, activation
+        x, *packed.tensors.values(), bias, *expanded.values(), columns, *pattern.fields, activation, feature_major
     )
     double_bias = None if bias is None else bias.to(torch.float64)
     expected = F.linear(x.to(torch.float64), unpack(packed).to(torch.float64), double_bias)
     assert found.shape == expected.shape
-    assert found.is_contiguous()
+    assert (found.movedim(-1, 0) if feature_major else found).is_contiguous()
     return found, activate(expected, activation)
 
 
@@ -124,6 +126,19 @@ def test_every_entry_computes_the_layer(case: tuple[Any, ...], dtype: torch.dtyp
     short = "bf16" if dtype == torch.bfloat16 else "f16"
     (own,) = [name for name in emulator.launched if name.startswith(f"{family}_{short}")]
     assert own.endswith("_features") == bool(features)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "windowed", "windowed_features", "gather_features"])
+@pytest.mark.parametrize("tokens", [1, 13, 24])
+def test_every_kernel_writes_feature_major_where_that_is_asked_for(kernel: str, tokens: int) -> None:
+    packed = packed_layer(70, 96, pattern=HiNMPattern(32, 0.5), dtype=torch.float16)
+    x, bias = tokens_for(kernel, tokens, 96, torch.float16), numbers(70, dtype=torch.float16)
+    with emulated() as emulator, only(kernel):
+        found, expected = run_linear(packed, x, bias, "relu", feature_major=True)
+    assert relative_error(found, expected) < TOLERANCE[torch.float16]
+    if tokens > 1:  # one token is its own transpose
+        turned = any(name.startswith("transpose") for name in emulator.launched)
+        assert turned == (kernel != "gather_features"), "the gather kernel computes rows of features"
 
 
 @pytest.mark.parametrize("case", ENTRIES[::2], ids=str)

@@ -146,13 +146,51 @@ def test_conv2d_takes_channels_last() -> None:
     torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
 
 
+def storages(x: Tensor) -> list[Tensor]:
+    """The same numbers in rows, feature-major, and neither."""
+    return [x, x.movedim(-1, 0).contiguous().movedim(0, -1), x.repeat_interleave(2, dim=-1)[..., ::2]]
+
+
+@pytest.mark.parametrize("feature_major", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("size", [(1,), (2, 3), (300,), (2, 257)], ids=str)
+def test_linear_reads_any_storage_and_writes_either(
+    size: tuple[int, ...], pattern: HiNMPattern, feature_major: bool
+) -> None:
+    dense, (x, *rest) = linear_case(19, 18, pattern, *size)
+    for stored in storages(x):
+        out = torch.ops.hinm.linear(stored, *rest, "none", feature_major)
+        torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+        assert (out.movedim(-1, 0) if feature_major else out).is_contiguous()
+
+
+def test_linear_writes_either_storage_of_rows_that_nothing_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As after an absorbed order, in blocks of a few tokens and tiles.
+    monkeypatch.setattr("lightning_hinm.ops.product.BLOCK", 4)
+    monkeypatch.setattr("lightning_hinm.ops.product.NUMBERS", 64)
+    weight, packed = masked(24, 18, pattern=PATTERNS[0])
+    order = packed.output_order.to(torch.int64)
+    x, bias = torch.randn(11, 18), torch.randn(24)
+    operands = arguments(x, packed, bias, 18)[1:]
+    *tensors, restore = operands[:9]
+    tensors[3], tensors[4] = torch.arange(24), bias[order]
+    for stored in storages(x):
+        for feature_major in (False, True):
+            numbers = (*operands[9:], "none", feature_major)
+            out = torch.ops.hinm.linear(stored, *tensors, restore.new_empty(0), *numbers)
+            torch.testing.assert_close(out, F.linear(x, weight, bias)[:, order], rtol=1e-5, atol=1e-5)
+
+
 # The default checks, less none: schema, autograd registration, fake tensors, and AOTAutograd with dynamic shapes.
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_linear_passes_opcheck(decode: bool, gradient: bool) -> None:
     _, (x, *packed) = linear_case(20, 19, PATTERNS[0], 3, 5, decode=decode)
     packed[4].requires_grad_(gradient)
-    torch.library.opcheck(torch.ops.hinm.linear.default, (x.requires_grad_(gradient), *packed))
+    for feature_major in (False, True):
+        torch.library.opcheck(
+            torch.ops.hinm.linear.default, (x.requires_grad_(gradient), *packed, "none", feature_major)
+        )
 
 
 @pytest.mark.parametrize("case", [CONVOLUTIONS[1], CONVOLUTIONS[4]], ids=str)

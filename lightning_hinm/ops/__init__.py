@@ -28,8 +28,9 @@ _TENSORS = (
     "Tensor? expansion_metadata, Tensor? columns, Tensor? restore"
 )
 _PATTERN = 'int vector_size, float vector_sparsity, int n, int m, int? window, str activation="none"'
-# Both kernels take an input of any strides and return a contiguous tensor of its own.
-_LIBRARY.define(f"linear(Tensor x, {_TENSORS}, int in_features, {_PATTERN}) -> Tensor")
+# Both kernels take an input of any strides and return a tensor of its own, contiguous as it is or with its last
+# dimension first (``feature_major``).
+_LIBRARY.define(f"linear(Tensor x, {_TENSORS}, int in_features, {_PATTERN}, bool feature_major=False) -> Tensor")
 _LIBRARY.define(
     f"conv2d(Tensor x, {_TENSORS}, int in_channels, int kernel_height, int kernel_width, int stride_height, "
     "int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width, int groups, "
@@ -51,7 +52,10 @@ def _linear(x: Tensor, *operands: Any) -> Tensor:
 def _linear_fake(x: Tensor, *operands: Any) -> Tensor:
     linear = LinearOperands(*operands)
     linear.check(x)
-    return x.new_empty(*x.shape[:-1], linear.output_order.shape[0])
+    rows = linear.output_order.shape[0]
+    if linear.feature_major:
+        return x.new_empty(rows, *x.shape[:-1]).movedim(0, -1)
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,9 +87,10 @@ _BIAS = 1 + LinearOperands._fields.index("bias")  # among the op's arguments
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *operands = inputs
-    if isinstance(operands[-1], str) and operands[-1] != "none":
+    activation = next((operand for operand in operands[TENSORS:] if isinstance(operand, str)), "none")
+    if activation != "none":
         raise NotImplementedError(
-            f"hinm: activation={operands[-1]!r} is fused for inference only, but x or bias requires "
+            f"hinm: activation={activation!r} is fused for inference only, but x or bias requires "
             "gradients. Apply the activation after the op, or call it under torch.inference_mode()."
         )
     operands[_BIAS - 1] = None  # its own gradient does not ask for it, so it may change before that is taken

@@ -30,6 +30,7 @@ class Call:
         in_features: columns of the weight, of one group in a grouped convolution.
         tokens: of a linear layer; of a convolution, the pixels of all its output images.
         feature_major: whether a linear layer's input lies so.
+        feature_major_out: whether its result shall.
         planes: of a convolution the bytes of its shifted planes, 0 where the images are read as they lie; None: linear.
     """
 
@@ -38,6 +39,7 @@ class Call:
     in_features: int
     tokens: int
     feature_major: bool = False
+    feature_major_out: bool = False
     planes: int | None = None
 
     def __str__(self) -> str:
@@ -102,8 +104,11 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         return Choice(kernel, tokens, shared, seconds + extra[1] * gpu.launch, roof)
 
     if call.planes is None:
-        # The decode kernel wants rows: what lies feature-major is copied into rows first.
-        copied = (4 * n * call.in_features, 1) if call.feature_major else (0, 0)
+        # The decode kernel wants rows: what lies feature-major is copied into rows first. Rows is what it writes, as
+        # the windowed kernel does.
+        turned_in, turned_out = 4 * n * call.in_features, 4 * n * call.rows
+        after = (turned_out, 1) if call.feature_major_out else (0, 0)
+        copied = (turned_in + after[0], 1 + after[1]) if call.feature_major else after
         if n <= DECODE_TOKENS:
             for tokens in (8, 16):
                 shared = (2 * decode_pitch(columns) + 1152) * tokens
@@ -114,10 +119,11 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
                 shared, rate = 2 * tokens * held_columns(window, len(runs), tokens), 1.0
             else:
                 shared, rate = (512 + 2 * window) * tokens, WINDOWED_RATE
-            yield predict("windowed", tokens, WINDOWED_ROWS, shared, columns, (0, 0), rate)
+            yield predict("windowed", tokens, WINDOWED_ROWS, shared, columns, after, rate)
         # Columns are wanted, and columns come out.
-        turned = 4 * n * (call.rows if call.feature_major else call.rows + call.in_features)
-        extra = (turned, 1 if call.feature_major else 2)
+        ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
+        turns = [turned for turned, lies_so in ways if not lies_so]
+        extra = (sum(turns), len(turns))
     else:
         extra = (2 * call.planes, 1 if call.planes else 0)
     shared = gather_shared(height, kept)

@@ -36,34 +36,39 @@ PLANES_BYTES = 1 << 28  # of shifted planes at a time
 
 def linear(x: Tensor, operands: LinearOperands) -> Tensor:
     """``hinm::linear`` from fragments: ``[..., I]`` -> ``[..., O]``."""
-    tokens = x.reshape(-1, operands.in_features)
-    out = x.new_empty(tokens.shape[0], operands.output_order.shape[0])
+    tokens, rows = x.reshape(-1, operands.in_features), operands.output_order.shape[0]
+    n, turned = len(tokens), operands.feature_major
+    out = x.new_empty(rows, n).t() if turned else x.new_empty(n, rows)
     if not out.numel():
-        return out.reshape(*x.shape[:-1], out.shape[1])
-    sizes = (out.shape[1], operands.in_features, out.shape[0], _is_feature_major(tokens))
+        return out.reshape(*x.shape[:-1], rows)
+    sizes = (rows, operands.in_features, n, _is_feature_major(tokens), turned)
     choice = choose(x.device, operands[PATTERN], *sizes)
     if choice is None:
         call = Call(pattern_of(operands), *sizes)
         warn_once(f"hinm::linear: no kernel has the shared memory for {call}. It gathers for a dense product.")
         return product.linear(x, operands)
     run_linear(tokens, out, operands, choice)
-    return out.reshape(*x.shape[:-1], out.shape[1])
+    return out.reshape(*x.shape[:-1], rows)
 
 
 @functools.lru_cache(maxsize=4096)  # on what is cheap to hash: it stands before every launch
 def choose(
-    device: torch.device, fields: tuple[Any, ...], rows: int, in_features: int, tokens: int, feature_major: bool
+    device: torch.device, fields: tuple[Any, ...], rows: int, in_features: int, tokens: int, *storage: bool
 ) -> Choice | None:
     """The kernel for a call of a linear layer, given the fields of its pattern; None if none takes it."""
-    call = Call(HiNMPattern(*fields), rows, in_features, tokens, feature_major)
+    call = Call(HiNMPattern(*fields), rows, in_features, tokens, *storage)
     return cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device))
 
 
 def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    """One call on the kernel that was chosen: ``[N, I]`` -> ``out``, ``[N, O]``, contiguous."""
+    """One call on the kernel that was chosen: ``[N, I]`` -> ``out``, ``[N, O]``, in rows or feature-major."""
     run = {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel]
     for first in range(0, len(tokens), MOST_TOKENS):
-        run(tokens[first : first + MOST_TOKENS], out[first : first + MOST_TOKENS], operands, choice)
+        part = out[first : first + MOST_TOKENS]
+        in_rows = part if part.stride(1) == 1 or choice.kernel == "gather" else part.new_empty(part.shape)
+        run(tokens[first : first + MOST_TOKENS], in_rows, operands, choice)
+        if in_rows is not part:
+            _turn(in_rows, part.t())
 
 
 def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
@@ -91,7 +96,7 @@ def _windowed(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Cho
 
 
 def _gather(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    """Through feature-major storage: turned on the way in, unless it lies so already, and on the way out."""
+    """Through feature-major storage: turned on the way in and on the way out, unless it lies or shall lie so."""
     i, o = operands.in_features, out.shape[1]
     step = (MOST_NUMBERS - 1) // max(i, o) // cost.GATHER_TOKENS * cost.GATHER_TOKENS
     for first in range(0, len(tokens), step):
@@ -99,9 +104,16 @@ def _gather(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choic
         columns, pitch = part.t(), -(-len(part) // ALIGNED) * ALIGNED
         if not (_is_feature_major(part) and columns.stride(0) * i < MOST_NUMBERS):
             columns = _turn(part, part.new_empty(i, pitch))
+        image = Image(len(part), columns.stride(0), i)
+        if _is_feature_major(out_part):
+            _launch_gather(columns, out_part.t(), operands, image)
+            continue
         rows = out.new_empty(o, pitch)
-        _launch_gather(columns, rows, operands, Image(len(part), columns.stride(0), i))
-        _turn(rows[:, : len(part)], out_part)
+        _launch_gather(columns, rows, operands, image)
+        if out_part.stride(1) == 1:
+            _turn(rows[:, : len(part)], out_part)
+        else:  # rows that do not start at whole copies
+            out_part.t().copy_(rows[:, : len(part)])
 
 
 def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor:

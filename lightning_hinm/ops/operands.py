@@ -32,7 +32,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
 
 
 class LinearOperands(NamedTuple):
-    """Of ``hinm::linear``; from ``expansion`` to ``restore`` the others decoded for a device (``expand_all``)."""
+    """Of ``hinm::linear``; from ``expansion`` to ``restore`` the others decoded for a device (``expand_all``).
+
+    ``feature_major`` asks for a result whose rows lie one after another, ``[O, N]``; its shape is the same.
+    """
 
     values: Tensor
     metadata: Tensor
@@ -50,6 +53,7 @@ class LinearOperands(NamedTuple):
     m: int
     window: int | None
     activation: str = "none"
+    feature_major: bool = False
 
     @property
     def packed(self) -> HiNMWeight:

@@ -10,36 +10,35 @@ from torch import Tensor
 
 from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands, activate, columns_of_x, restored_rows, tiles
 
-# Numbers that the CPU gathers at a time. From rows, 16 MiB in float32: for more the allocator asks for fresh pages at
-# each call. From columns, 2 MiB: they stay in the caches until the product reads them.
-ROW_NUMBERS, COLUMN_NUMBERS = 1 << 22, 1 << 19
+# The CPU takes so many tokens and gathers so many numbers at a time (3 MiB in float32): what is gathered and what comes
+# out of the product then stay in the caches. Of a convolution, which gathers longer runs of memory, 2 MiB are better.
+BLOCK, NUMBERS, COLUMN_NUMBERS = 256, 3 << 18, 1 << 19
 # Below so many numbers, one thread gathers sooner than several are started.
 PARALLEL_NUMBERS = 1 << 18
-# The CPU transposes so many tokens or more, where each of their columns is gathered more often than so on average:
-# what is gathered are then runs of memory, and not single numbers.
-TRANSPOSE_TOKENS, TRANSPOSE_GATHERS = 16, 8
-# A product of columns whose number is not a multiple of this one takes up to twice as long on the CPU.
-WIDTH = 8
 
 
 def linear(x: Tensor, operands: LinearOperands) -> Tensor:
-    """``activation(F.linear(x, unpack(packed), bias))``: ``[..., I]`` -> ``[..., O]``."""
+    """``activation(F.linear(x, unpack(packed), bias))``: ``[..., I]`` -> ``[..., O]``.
+
+    Nothing is transposed on the way: the product takes its columns from either storage and writes either.
+    """
     expansion, columns, restore = tiles(operands), columns_of_x(operands), restored_rows(operands)
-    tokens = x.reshape(-1, operands.in_features)  # [N, I]
-    out = x.new_empty(tokens.shape[0], operands.output_order.shape[0])  # [N, O]
-    few = tokens.shape[0] < TRANSPOSE_TOKENS or columns.shape[0] < TRANSPOSE_GATHERS * operands.in_features
-    rows = few or x.device.type != "cpu"
-    step = _tokens_at_once(expansion, tokens.shape[0], ROW_NUMBERS if rows else COLUMN_NUMBERS)
-    for first in range(0, tokens.shape[0], step):
+    count, height, _ = expansion.shape
+    tokens, rows = x.reshape(-1, operands.in_features), operands.output_order.shape[0]
+    n, features = len(tokens), operands.feature_major
+    out = x.new_empty(rows, n).t() if features else x.new_empty(n, rows)  # [N, O]
+    as_packed = not restore.numel() and rows == count * height
+    step = BLOCK if x.device.type == "cpu" else max(n, 1)
+    for first in range(0, n, step):
         block, part = tokens[first : first + step], out[first : first + step]
-        if rows:
-            _write_rows(_product_of_rows(expansion, block, columns), restore, operands.bias, part)
-        else:
-            padded = F.pad(block, (0, 0, 0, -len(block) % WIDTH)) if len(block) % WIDTH else block
-            product = _product_of_columns(expansion, padded.t().contiguous(), columns)
-            product = product.index_select(0, restore) if restore.numel() else product[: out.shape[1]]
-            _write(product[:, : len(block)].t(), operands.bias, part)
-    return activate(out.reshape(*x.shape[:-1], out.shape[1]), operands.activation)
+        if as_packed:
+            _write_product(expansion, block, columns, operands.bias, part)
+            continue
+        size = (count * height, len(block))
+        product = x.new_empty(size).t() if features else x.new_empty(size[::-1])  # [n, T * V]
+        _write_product(expansion, block, columns, None, product)
+        _write(_take_columns(product, restore) if restore.numel() else product[:, :rows], operands.bias, part)
+    return activate(out.reshape(*x.shape[:-1], rows), operands.activation)
 
 
 def linear_grad(grad: Tensor, operands: LinearOperands) -> Tensor:
@@ -58,7 +57,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     images, pixels = x.reshape(-1, *x.shape[-3:]), height * width
     rows = operands.output_order.shape[0]
     out = x.new_empty(images.shape[0], rows, pixels)  # [B, O, L]
-    step = _tokens_at_once(expansion, images.shape[0] * pixels, COLUMN_NUMBERS)
+    step = _tokens_at_once(expansion, images.shape[0] * pixels)
     images_step, pixels_step = max(step // pixels, 1), min(step, pixels)
     for first in range(0, images.shape[0], images_step):
         image = _unfold(images[first : first + images_step], operands)  # [b, G * I, L]
@@ -80,23 +79,40 @@ def conv2d_grad(grad: Tensor, operands: Conv2dOperands, x_shape: torch.Size) -> 
     return F.fold(unfolded, x_shape[-2:], **operands.unfolding).reshape(x_shape)
 
 
-def _tokens_at_once(expansion: Tensor, tokens: int, numbers: int) -> int:
+def _tokens_at_once(expansion: Tensor, tokens: int) -> int:
     if expansion.device.type != "cpu":
         return max(tokens, 1)
     # At least V, since a product of [V, P] and [P, N] has to lay out [V, P] first; 128 against the calls.
-    return max(numbers // (expansion.shape[0] * expansion.shape[2]), expansion.shape[1], 128)
+    return max(COLUMN_NUMBERS // (expansion.shape[0] * expansion.shape[2]), expansion.shape[1], 128)
 
 
-def _product_of_rows(expansion: Tensor, tokens: Tensor, columns: Tensor) -> Tensor:
-    """``[N, I]`` -> ``[N, T, V]``: each tile times the columns that it keeps."""
-    count, _, p = expansion.shape
+def _write_product(expansion: Tensor, tokens: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``[n, I]`` -> ``out``, ``[n, T * V]``: each tile times the columns that it keeps; both in either storage."""
+    count, height, p = expansion.shape
     n = tokens.shape[0]
+    step = max(NUMBERS // (p * n), 1) if tokens.device.type == "cpu" else count
+    for first in range(0, count, step):
+        some = expansion[first : first + step]
+        gathered = _take_columns(tokens, columns[first * p : (first + step) * p])  # [n, t * P]
+        gathered = gathered.t().unflatten(0, (-1, p))  # [t, P, n], of any strides
+        part = out[:, first * height : (first + step) * height].unflatten(1, (-1, height))  # [n, t, V]
+        own = None if bias is None else bias[first * height : (first + step) * height].view(-1, 1, height)  # [t, 1, V]
+        if out.stride(1) == 1:
+            product, part = torch.bmm(gathered.transpose(1, 2), some.transpose(1, 2)), part.transpose(0, 1)
+        else:
+            product, part = torch.bmm(some, gathered), part.permute(1, 2, 0)
+            own = None if own is None else own.transpose(1, 2)
+        _write(product, own, part)
+
+
+def _take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
+    """``matrix[:, columns]``, stored as ``matrix`` is: ``[n, c]``."""
+    n = matrix.shape[0]
+    if matrix.stride(1) != 1:
+        return matrix.t().index_select(0, columns).t()
     if n * columns.shape[0] < PARALLEL_NUMBERS:
-        gathered = tokens.index_select(1, columns)
-    else:
-        gathered = tokens.gather(1, columns.expand(n, -1))
-    gathered = gathered.view(n, count, p).transpose(0, 1)  # [T, N, P]
-    return torch.bmm(gathered, expansion.transpose(1, 2)).transpose(0, 1)
+        return matrix.index_select(1, columns)
+    return matrix.gather(1, columns.expand(n, -1))
 
 
 def _product_of_columns(expansion: Tensor, x: Tensor, columns: Tensor) -> Tensor:
@@ -104,19 +120,6 @@ def _product_of_columns(expansion: Tensor, x: Tensor, columns: Tensor) -> Tensor
     count, _, p = expansion.shape
     gathered = x.index_select(0, columns).view(count, p, -1)
     return torch.bmm(expansion, gathered).flatten(0, 1)
-
-
-def _write_rows(product: Tensor, restore: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``[N, T, V]`` -> ``out``, ``[N, O]``: in one pass where nothing is restored, and no row is virtual."""
-    if restore.numel():
-        torch.index_select(product.flatten(1), 1, restore, out=out)
-        if bias is not None:
-            out.add_(bias)
-    elif out.shape[1] == product.shape[1] * product.shape[2]:
-        size = product.shape[1:]
-        _write(product, None if bias is None else bias.view(size), out.unflatten(1, size))
-    else:
-        _write(product.flatten(1)[:, : out.shape[1]], bias, out)
 
 
 def _write(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
