@@ -15,14 +15,16 @@ from lightning_hinm.ops import hinm_conv2d, hinm_linear, warn_once
 from lightning_hinm.passes import (
     LayerCall,
     absorb_orders_pass,
+    feature_major_islands_pass,
     find_fused_calls,
     find_layer_calls,
     fuse_activations_pass,
+    shape_of,
     sparsify_layers_pass,
     unfuse_encoder_layers_pass,
 )
 from lightning_hinm.pattern import layer_kind
-from lightning_hinm.plan import TOKENS, decide, workload_of
+from lightning_hinm.plan import decide, workload_of
 from lightning_hinm.prune import LAYOUT_ATTRIBUTE, layout_of
 
 log = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ def hinm_backend(
         twins = {node: twin for node, twin in twins.items() if _pays(node, twin, calls)}
     packed = {node.name: twin.layer for node, twin in twins.items()}
     sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
-    fuse_activations_pass(absorb_orders_pass(gm))
+    feature_major_islands_pass(fuse_activations_pass(absorb_orders_pass(gm)))
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     checks = [(positions[node], twin) for node, twin in twins.items()]
     compiled = inner(gm, example_inputs)
@@ -205,8 +207,8 @@ def _pays(node: fx.Node, twin: PackedTwin, calls: Sequence[LayerCall]) -> bool:
     """Whether all calls of a layer together are faster sparse, on the shapes that Dynamo saw."""
     decisions = []
     for call in calls:
-        if call.weight is node and "example_value" in call.x.meta:
-            shape = tuple(_hint(size) for size in call.x.meta["example_value"].shape)
+        shape = shape_of(call.x) if call.weight is node else None
+        if shape is not None:
             if call.kind == "linear":  # x of a fused call is the input of what it is fused into
                 shape = (*shape[:-1], twin.layer.shape[1])
             decisions.append(decide(workload_of(twin.layer, shape)))
@@ -215,11 +217,6 @@ def _pays(node: fx.Node, twin: PackedTwin, calls: Sequence[LayerCall]) -> bool:
     reasons = "; ".join(d.reason for d in decisions)
     log.info("hinm: %s runs %s: %s", twin.name, "sparse" if pays else "dense", reasons)
     return pays
-
-
-def _hint(size: Any) -> int:
-    """A dynamic size stands for the one that was seen."""
-    return size if isinstance(size, int) else int(size.node.hint or TOKENS)
 
 
 def _find_layers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, TracedLayer]:

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"pattern", "layout", "format", "prune", "kernels", "ops"},
     "modules": {"pattern", "layout", "format", "prune", "ops", "plan"},
     "store": {"pattern", "format", "prune", "modules"},
-    "passes": {"pattern", "layout", "format", "ops", "modules", "plan"},
+    "passes": {"pattern", "layout", "format", "kernels", "ops", "modules", "plan"},
     "backend": {"pattern", "layout", "format", "prune", "ops", "modules", "plan", "passes"},
     # training arm
     "callback": {"pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune", "metrics"},

@@ -2,10 +2,12 @@
 
 from lightning_hinm.passes.absorb import absorb_orders_pass
 from lightning_hinm.passes.fuse import fuse_activations_pass
+from lightning_hinm.passes.islands import feature_major_islands_pass
 from lightning_hinm.passes.sparsify import (
     LayerCall,
     find_fused_calls,
     find_layer_calls,
+    shape_of,
     sparsify_layers_pass,
     unfuse_encoder_layers_pass,
 )
@@ -13,9 +15,11 @@ from lightning_hinm.passes.sparsify import (
 __all__ = [
     "LayerCall",
     "absorb_orders_pass",
+    "feature_major_islands_pass",
     "find_fused_calls",
     "find_layer_calls",
     "fuse_activations_pass",
+    "shape_of",
     "sparsify_layers_pass",
     "unfuse_encoder_layers_pass",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
 from lightning_hinm.ops import EXPANDED, hinm_conv2d, hinm_linear
 from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands
+from lightning_hinm.plan import TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -255,6 +256,14 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
     return sizes * count if len(sizes) == 1 else sizes
 
 
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape that Dynamo saw; a dynamic size stands for the one that was seen. None where it saw none."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else int(size.node.hint or TOKENS) for size in value.shape)
+
+
 def operand(node: fx.Node, name: str, default: Any = None) -> Any:
     """An argument of a sparse op, by the name of its operand."""
     fields = _FIELDS[node.target]
@@ -265,9 +274,15 @@ def operand(node: fx.Node, name: str, default: Any = None) -> Any:
 
 
 def set_operand(node: fx.Node, name: str, value: Any) -> None:
-    """Passes another one, or one more."""
-    place = 1 + _FIELDS[node.target].index(name)
-    node.args = (*node.args[:place], value, *node.args[place + 1 :])
+    """Passes another one, or one more; those between are passed as they are by default."""
+    fields = _FIELDS[node.target]
+    given = dict(_DEFAULTS[node.target]) | dict(zip(fields, node.args[1:], strict=False)) | {name: value}
+    last = max(len(node.args) - 1, fields.index(name) + 1)
+    node.args = (node.args[0], *(given[field] for field in fields[:last]))
 
 
 _FIELDS: dict[Any, tuple[str, ...]] = {hinm_linear: LinearOperands._fields, hinm_conv2d: Conv2dOperands._fields}
+_DEFAULTS: dict[Any, Mapping[str, Any]] = {
+    hinm_linear: LinearOperands._field_defaults,
+    hinm_conv2d: Conv2dOperands._field_defaults,
+}

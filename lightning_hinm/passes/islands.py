@@ -1,0 +1,159 @@
+"""Feature-major islands: activations between sparse layers that stay in the storage in which kernels like them best."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from lightning_hinm import kernels
+from lightning_hinm.ops import cost, hinm_linear
+from lightning_hinm.passes.absorb import BINARY, UNARY, _held, _is_idle_dropout, _keeps_last_size
+from lightning_hinm.passes.sparsify import finish_pass, operand, set_operand, shape_of
+from lightning_hinm.pattern import HiNMPattern
+from lightning_hinm.plan import TOKENS
+
+TURNING = {"contiguous", "clone"}  # elementwise, but of a storage of their own
+
+
+@dataclass(eq=False)
+class Island:
+    """Values of one storage: from the layers that write them to the layers that read them."""
+
+    writers: list[fx.Node] = field(default_factory=list)
+    readers: list[fx.Node] = field(default_factory=list)
+    closed: bool = True
+    """Whether nothing but sparse layers reads them."""
+    feature_major: bool = False
+
+
+def feature_major_islands_pass(gm: fx.GraphModule) -> fx.GraphModule:
+    """Linear layers whose results only linear layers read, past elementwise functions, write them feature-major.
+
+    Before::
+
+        %y = hinm.linear(%x, ..., window)
+        %z = hinm.linear(gelu(%y), ...)
+
+    After::
+
+        %y = hinm.linear(%x, ..., window, "none", True)
+        %z = hinm.linear(gelu(%y), ...)
+
+    Equal, because ``feature_major`` says how the result lies in memory and not what it is; elementwise functions keep
+    the strides of what they take, and the op reads any. So nothing is transposed inside an island, and a transpose
+    stands at most at its edges, inside the ops there. On a CPU every island pays: what is gathered are whole runs of
+    memory, and the rows of a tile are written as the product has them. On a GPU the kernels' predicted times say which
+    of them do.
+
+    Args:
+        gm: sparsified; rewritten in place.
+
+    Returns:
+        ``gm``.
+    """
+    islands = [island for island in _find_islands(gm) if island.closed and island.readers]
+    _choose(gm, islands)
+    chosen = [island for island in islands if island.feature_major]
+    for island in chosen:
+        for node in island.writers:
+            set_operand(node, "feature_major", True)
+    return finish_pass(gm, "feature_major_islands_pass", len(chosen), "islands")
+
+
+def _find_islands(gm: fx.GraphModule) -> list[Island]:
+    of: dict[fx.Node, Island] = {}
+    for node in gm.graph.nodes:  # in an order in which inputs come before their users
+        met = {of[source] for source in node.all_input_nodes if source in of}
+        if node.target is hinm_linear:
+            reads = of.get(node.args[0])
+            for island in met - {reads}:
+                island.closed = False  # read as an operand
+            if reads is not None:
+                reads.readers.append(node)
+            of[node] = Island(writers=[node])
+        elif len(met) > 0 and _keeps_storage(node, of):
+            island = _join(met, of)
+            of[node] = island
+        else:
+            for island in met:
+                island.closed = False
+    return list(dict.fromkeys(of.values()))
+
+
+def _join(islands: set[Island], of: dict[fx.Node, Island]) -> Island:
+    """One island of several: a product of two layers' results has one storage."""
+    first, *others = islands
+    for other in others:
+        first.writers += other.writers
+        first.readers += other.readers
+        first.closed &= other.closed
+        of.update((node, first) for node, island in of.items() if island is other)
+    return first
+
+
+def _keeps_storage(node: fx.Node, of: Mapping[fx.Node, Island]) -> bool:
+    """Whether a value lies as the values of the islands lie that it is computed from."""
+    if node.op not in ("call_function", "call_method") or node.target in TURNING:
+        return False
+    if node.target in BINARY:
+        # Another value of several dimensions may lie otherwise, and the first of the two decides.
+        return all(source in of or _dimensions(source) <= 1 for source in node.all_input_nodes)
+    first = node.args[0]
+    if not isinstance(first, fx.Node) or any(source in of for source in node.all_input_nodes if source is not first):
+        return False
+    shape = shape_of(first)
+    keeps = shape is not None and _keeps_last_size(node, shape[-1])
+    return node.target in UNARY or _is_idle_dropout(node) or keeps
+
+
+def _dimensions(node: fx.Node) -> float:
+    value = node.meta.get("example_value")
+    if isinstance(value, Tensor):
+        return value.dim()
+    return math.inf if value is None else 0  # a number, maybe a dynamic one
+
+
+def _choose(gm: fx.GraphModule, islands: list[Island]) -> None:
+    """Which islands are feature-major: changed one at a time, as long as the time of their layers falls."""
+    reads = {node: island for island in islands for node in island.readers}
+    writes = {node: island for island in islands for node in island.writers}
+    undecided = []
+    for island in islands:
+        if all(operand(node, "expansion_metadata") is None for node in (*island.writers, *island.readers)):
+            island.feature_major = True  # of no kernel
+        else:
+            undecided.append(island)
+
+    def seconds(island: Island) -> float:
+        nodes = dict.fromkeys((*island.writers, *island.readers))
+        storage = (
+            (node in reads and reads[node].feature_major, node in writes and writes[node].feature_major)
+            for node in nodes
+        )
+        return sum(_predict(gm, node, *lies) for node, lies in zip(nodes, storage, strict=True))
+
+    while undecided:
+        changed = False
+        for island in undecided:
+            before = seconds(island)
+            island.feature_major = not island.feature_major
+            if seconds(island) < before:
+                changed = True
+            else:
+                island.feature_major = not island.feature_major
+        if not changed:
+            break
+
+
+def _predict(gm: fx.GraphModule, node: fx.Node, *storage: bool) -> float:
+    """Seconds of a layer on the kernel that should be fastest, for input and result in rows or feature-major."""
+    if operand(node, "expansion_metadata") is None:
+        return 0.0
+    device = _held(gm, node, "expansion").device
+    pattern = HiNMPattern(*(operand(node, name) for name in HiNMPattern.__dataclass_fields__))
+    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    tokens = TOKENS if shape is None else math.prod(shape[:-1])
+    call = cost.Call(pattern, len(_held(gm, node, "output_order")), operand(node, "in_features"), tokens, *storage)
+    choice = cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device))
+    return math.inf if choice is None else choice.seconds

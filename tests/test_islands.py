@@ -1,0 +1,108 @@
+"""Feature-major storage between sparse layers, on the graphs that Dynamo hands over."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lightning_hinm import HiNMPattern, prune
+from lightning_hinm.ops import cost, hinm_linear
+from lightning_hinm.ops.cost import Call, Choice
+from lightning_hinm.passes import feature_major_islands_pass, sparsify_layers_pass
+from lightning_hinm.passes.sparsify import operand
+from tests.ptx.device import emulated
+from tests.test_passes import TOKENS, capture, mlp, packed_by_name, sparsified
+
+Case = tuple[list[nn.Module], Callable[..., Tensor]]
+
+# what lies between layers, and whether each layer writes feature-major
+ISLANDS: dict[str, tuple[Case, list[bool]]] = {
+    "straight": ((mlp(), lambda x, a, b: b(a(x))), [True, False]),
+    "gelu": ((mlp(), lambda x, a, b: b(F.gelu(a(x)))), [True, False]),
+    "in place": ((mlp(), lambda x, a, b: b(F.relu(a(x), inplace=True))), [True, False]),
+    "scaled": ((mlp(), lambda x, a, b: b(a(x) * 2.0 + torch.arange(64.0))), [True, False]),
+    "flattened": ((mlp(), lambda x, a, b: b(a(x).view(-1, 64)).view(3, 5, 48)), [True, False]),
+    "three": (([*mlp(), nn.Linear(48, 16)], lambda x, a, b, c: c(b(a(x).relu()).relu())), [True, True, False]),
+    "two readers": (([*mlp(), nn.Linear(64, 16)], lambda x, a, b, c: b(y := a(x)).sum() + c(y)), [True, False, False]),
+    "swiglu": (([*mlp(), nn.Linear(32, 64)], lambda x, a, b, c: b(F.silu(a(x)) * c(x))), [True, True, False]),
+    "itself": (([nn.Linear(32, 32)], lambda x, a: a(a(x).relu())), [True, False]),
+    "result": ((mlp(), lambda x, a, b: b(y := a(x)).sum() + y), [False, False]),
+    "residual": (([nn.Linear(32, 32), nn.Linear(32, 32)], lambda x, a, b: b(a(x) + x)), [False, False]),
+    "residual first": (([nn.Linear(32, 32), nn.Linear(32, 32)], lambda x, a, b: b(x + a(x))), [False, False]),
+    "half": (([*mlp(), nn.Linear(32, 64)], lambda x, a, b, c: b(a(x) * c(x).softmax(-1))), [False, False, False]),
+    "layer norm": ((mlp(), lambda x, a, b: b(F.layer_norm(a(x), (64,)))), [False, False]),
+    "contiguous": ((mlp(), lambda x, a, b: b(a(x).contiguous())), [False, False]),
+    "transposed": ((mlp(32), lambda x, a, b: b(a(x).transpose(0, 1))), [False, False]),
+    "other rows": ((mlp(), lambda x, a, b: b(a(x).view(3, 10, 32).repeat(1, 1, 2))), [False, False]),
+    "heads": ((mlp(), lambda x, a, b: b(a(x).view(3, 5, 4, 16).relu().flatten(2))), [False, False]),
+    "dense reader": (([nn.Linear(32, 64), nn.Linear(64, 4)], lambda x, a, b: b(a(x))), [False]),
+}
+
+
+def storages(gm: fx.GraphModule) -> list[bool]:
+    return [operand(node, "feature_major", False) for node in gm.graph.nodes if node.target is hinm_linear]
+
+
+@pytest.mark.parametrize("case", ISLANDS.values(), ids=ISLANDS)
+def test_what_only_sparse_layers_read_stays_feature_major(case: tuple[Case, list[bool]]) -> None:
+    (layers, function), expected_storages = case
+    gm, inputs, expected = sparsified(layers, function, TOKENS)
+    feature_major_islands_pass(gm)
+    assert storages(gm) == expected_storages
+    with torch.no_grad():
+        torch.testing.assert_close(gm(*inputs)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inside_an_island_nothing_is_transposed_and_at_its_end_rows_come_out() -> None:
+    gm, inputs, _ = sparsified(mlp(), lambda x, a, b: b(F.gelu(a(x))), TOKENS)
+    feature_major_islands_pass(gm)
+    strides: dict[str, tuple[int, ...]] = {}
+
+    class Record(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            if n.op == "call_function":
+                strides[n.name] = out.stride()
+            return out
+
+    with torch.no_grad():
+        Record(gm).run(*inputs)
+    first, gelu, last = strides.values()
+    assert first == gelu == (5, 1, 15), "a feature is a row of 15 tokens"
+    assert last == (5 * 48, 48, 1)
+
+
+@pytest.mark.parametrize("gain", [1e-6, 0.0, -1e-6])
+@pytest.mark.parametrize("layers", [2, 4])
+def test_on_a_gpu_islands_are_where_the_predicted_time_falls(gain: float, layers: int) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(layers))).half().eval()
+    prune(model, HiNMPattern(32), method="identity")
+    x = torch.randn(16, 64).half()
+
+    def choose(call: Call, shared_limit: int, gpu: cost.Gpu) -> Choice:
+        return Choice("gather", 128, 0, 1e-4 - gain * (call.feature_major + call.feature_major_out), "memory")
+
+    with emulated():
+        gm, inputs = capture(model, x)
+        sparsify_layers_pass(gm, packed_by_name(gm, inputs, *model))
+        with torch.no_grad():
+            expected = gm(*inputs)[0]
+            with mock.patch.object(cost, "choose_kernel", choose):
+                feature_major_islands_pass(gm)
+            assert storages(gm) == [gain > 0] * (layers - 1) + [False]
+            torch.testing.assert_close(gm(*inputs)[0], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_an_island_of_which_no_kernel_takes_a_layer_stays_in_rows() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).half().eval()
+    prune(model, HiNMPattern(32), method="identity")
+    with emulated():
+        gm, inputs = capture(model, torch.randn(16, 64).half())
+        sparsify_layers_pass(gm, packed_by_name(gm, inputs, *model))
+        with mock.patch.object(cost, "choose_kernel", return_value=None):
+            feature_major_islands_pass(gm)
+    assert storages(gm) == [False, False]
