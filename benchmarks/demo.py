@@ -223,7 +223,7 @@ def run_variant(
         variant=title,
         accuracy_pruned=after.accuracy,
         accuracy=final,
-        retained=statistics.fmean(layer.retained for layer in report),
+        retained=statistics.fmean(layer.retained for layer in report if layer.retained is not None),
         search_seconds=sum(layer.seconds for layer in report),
         ended_by_budget=any(layer.ended_by_budget for layer in report),
         file_bytes=dense_bytes(net),

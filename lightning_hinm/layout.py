@@ -3,7 +3,8 @@
 Shapes: O rows, I columns, T = ceil(O / V) tiles, P kept columns of a tile (virtual ones, numbered >= I, included).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +22,18 @@ class HiNMLayout:
         vector_index: int64 ``[T, P]``, the kept columns of each tile in the order in which N:M sees them; numbers
             from I up are virtual zeros. In a grouped convolution every group of channels has tiles of its own, and
             its columns count from 0.
+        retained: kept over total saliency, in ``[0, 1]``, of the saliency that it was searched for; None where that is
+            not known.
 
     Raises:
-        ValueError: if the two tensors cannot belong to one weight. ``check_layout`` checks them against a weight.
+        ValueError: if the two tensors cannot belong to one weight, or ``retained`` is no such number. ``check_layout``
+            checks the tensors against a weight.
     """
 
     pattern: HiNMPattern
     output_order: Tensor
     vector_index: Tensor
+    retained: float | None = None
 
     def __post_init__(self) -> None:
         order, index = self.output_order, self.vector_index
@@ -42,10 +47,22 @@ class HiNMLayout:
                 f"HiNMLayout: vector_index has {index.shape[0]} tiles, but {order.numel()} rows in tiles of "
                 f"vector_size={self.pattern.vector_size} make {-(-order.numel() // self.pattern.vector_size)}."
             )
+        check_retained(self.retained, "HiNMLayout")
 
     def to(self, device: torch.device | str) -> "HiNMLayout":
         """The same layout with its tensors on ``device``."""
-        return HiNMLayout(self.pattern, self.output_order.to(device), self.vector_index.to(device))
+        return replace(self, output_order=self.output_order.to(device), vector_index=self.vector_index.to(device))
+
+
+def check_retained(retained: Any, name: str) -> None:
+    """Refuses what cannot be a retained saliency; ``name`` says whose, for the message.
+
+    Raises:
+        ValueError: unless it is a number in ``[0, 1]``, or None for one that is not known.
+    """
+    number = isinstance(retained, (int, float)) and not isinstance(retained, bool)
+    if retained is not None and not (number and 0 <= retained <= 1):
+        raise ValueError(f"{name}: retained={retained!r}, but it must be a number in [0, 1], or None if not known.")
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ def hinm_mask(saliency: Tensor, layout: HiNMLayout, *, within: Tensor | None = N
 def retained(saliency: Tensor, mask: Tensor) -> float:
     """Kept saliency over total saliency, in ``[0, 1]``; 1.0 where the total is 0. Summed in float64."""
     total = saliency.sum(dtype=torch.float64).item()
-    # `where`, not a product: nothing pruned may count, and the sums of equal tensors are equal
-    return torch.where(mask, saliency, 0).sum(dtype=torch.float64).item() / total if total else 1.0
+    # `where`, not a product: nothing pruned may count. Two sums may be taken in two orders, and differ by a rounding.
+    return min(torch.where(mask, saliency, 0).sum(dtype=torch.float64).item() / total, 1.0) if total else 1.0
 
 
 def check_saliency(saliency: Tensor, name: str = "saliency") -> None:

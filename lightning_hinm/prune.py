@@ -60,13 +60,16 @@ class PrunableLayer:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer. ``reason`` is None where it was pruned, else why it was not."""
+    """What became of one layer. ``reason`` is None where it was pruned, else why it was not.
+
+    ``retained`` is None where it is not known: the layer was pruned before, by somebody who left no layout.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     sparsity: float = 0.0
-    retained: float = 1.0
+    retained: float | None = 1.0
     seconds: float = 0.0
     ended_by_budget: bool = False
     reason: str | None = None
@@ -89,7 +92,8 @@ class PruningReport:
             shape = "x".join(map(str, layer.shape))
             if layer.reason is None:
                 ended = "ended by the time budget" if layer.ended_by_budget else ""
-                numbers = (f"{layer.sparsity:.4f}", f"{layer.retained:.4f}", f"{layer.seconds:.2f} s")
+                retained = "-" if layer.retained is None else f"{layer.retained:.4f}"
+                numbers = (f"{layer.sparsity:.4f}", retained, f"{layer.seconds:.2f} s")
                 rows.append((layer.name, layer.kind, shape, *numbers, ended))
             else:
                 rows.append((layer.name, layer.kind, shape, "-", "-", "-", f"skipped: {layer.reason}"))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,13 +68,14 @@ def save_hinm(model: nn.Module, path: str | os.PathLike[str]) -> None:
             if isinstance(module, HiNMLayer):
                 one = module.packed
                 shape = one.shape[::-1] if module.kind == "hf_conv1d" else one.shape
-                records[name] = LayerRecord(module.kind, groups, tuple(shape), one.pattern)
+                records[name] = LayerRecord(module.kind, groups, tuple(shape), one.pattern, one.retained)
             else:
                 weight, layout = state[weight_key(name)], layout_of(module)
                 record = LayerRecord(str(layer_kind(module)), groups, tuple(weight.shape), layout.pattern)  # type: ignore
                 if id(weight) not in shared:
                     shared[id(weight)] = pack(record.rows_first(weight), layout, groups=groups, name=name)  # type: ignore
-                one, records[name] = shared[id(weight)], record
+                one = shared[id(weight)]
+                records[name] = replace(record, retained=one.retained)
             packed[name] = one
         except ValueError as error:
             message = str(error)

@@ -2,6 +2,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,9 +270,9 @@ def test_pack_refuses_the_layout_of_another_weight() -> None:
 
 def test_a_packed_weight_moves_between_devices() -> None:
     weight, layout = example()
-    packed = pack(weight, layout).to("meta")
+    packed = pack(weight, replace(layout, retained=0.3)).to("meta")
     assert {tensor.device.type for tensor in packed.tensors.values()} == {"meta"}
-    assert (packed.shape, packed.pattern) == ((12, 20), layout.pattern)
+    assert (packed.shape, packed.pattern, packed.retained) == ((12, 20), layout.pattern, 0.3)
 
 
 def change(packed: HiNMWeight, **fields: Any) -> HiNMWeight:
@@ -363,6 +364,7 @@ def test_rows_that_leave_their_group_are_refused() -> None:
         LayerRecord("hf_conv1d", 1, (20, 12), HiNMPattern(12, window=None)),
         LayerRecord("conv1d", 3, (12, 5, 3), HiNMPattern(4, 0.25)),
         LayerRecord("conv2d", 1, (12, 5, 3, 3), HiNMPattern(5, 0.0, 1, 4)),
+        LayerRecord("linear", 1, (12, 20), HiNMPattern(4), retained=1 / 3),
     ],
 )
 def test_a_record_survives_json(record: LayerRecord) -> None:
@@ -389,6 +391,10 @@ BAD_RECORDS = {
     "impossible pattern": {**RECORD, "pattern": {**RECORD["pattern"], "n": 5}},
     "infinite sparsity": {**RECORD, "pattern": {**RECORD["pattern"], "vector_sparsity": float("inf")}},
     "pattern of strings": {**RECORD, "pattern": {**RECORD["pattern"], "n": "2"}},
+    "more than all retained": {**RECORD, "retained": 1.01},
+    "less than nothing retained": {**RECORD, "retained": -0.01},
+    "no number retained": {**RECORD, "retained": float("nan")},
+    "retained as a string": {**RECORD, "retained": "0.5"},
 }
 
 
@@ -404,7 +410,10 @@ def test_a_record_of_no_possible_layer_is_refused(case: str) -> None:
 def contents(dtype: torch.dtype = torch.float32) -> FileContents:
     """Two tied layers, tied biases, and every awkward tensor."""
     weight, layout = example(dtype=dtype)
-    packed, record = pack(weight, layout), LayerRecord("linear", 1, (12, 20), layout.pattern)
+    packed, record = (
+        pack(weight, replace(layout, retained=0.3)),
+        LayerRecord("linear", 1, (12, 20), layout.pattern, 0.3),
+    )
     grouped, order = example(8, 12, HiNMPattern(4))[0], torch.arange(8)
     grouped_layout = HiNMLayout(HiNMPattern(4), order, torch.arange(8).expand(2, -1).contiguous())
     grouped = masked(grouped.reshape(8, 4, 3), grouped_layout, 2).to(dtype)
@@ -440,6 +449,7 @@ def test_what_is_written_is_read_exactly(tmp_path: Path, dtype: torch.dtype) -> 
     for layer, packed in written.packed.items():
         assert torch.equal(unpack(back.packed[layer]), unpack(packed))
         assert back.packed[layer].values.dtype == dtype
+        assert back.packed[layer].retained == packed.retained == (None if layer == "conv" else 0.3)
     for name, tensor in written.tensors.items():
         assert torch.equal(back.tensors[name], tensor)
         assert back.tensors[name].dtype == tensor.dtype
@@ -739,9 +749,12 @@ def trained(folder: Path, edit: Callable[[dict[str, Any]], Any] = lambda checkpo
 
 
 @law
-@given(packables(), st.booleans())
-def test_read_layer_state_is_the_inverse_of_layer_state(case: tuple[Tensor, HiNMLayout, int], known: bool) -> None:
+@given(packables(), st.booleans(), st.none() | st.floats(0, 1))
+def test_read_layer_state_is_the_inverse_of_layer_state(
+    case: tuple[Tensor, HiNMLayout, int], known: bool, retained: float | None
+) -> None:
     weight, layout, groups = case
+    layout = replace(layout, retained=retained)
     kind = {2: "linear", 3: "conv1d", 4: "conv2d"}[weight.dim()]
     fits = weight[0].numel() >= layout.pattern.m and len(weight) // groups >= layout.pattern.vector_size
     arguments = {"kind": kind, "groups": groups, "pattern": layout.pattern, "mask": weight != 0}
@@ -751,12 +764,13 @@ def test_read_layer_state_is_the_inverse_of_layer_state(case: tuple[Tensor, HiNM
         return
     state = layer_state(**arguments, layout=layout if known else None)
     back = read_layer_state("fc", state)
-    assert back.record == LayerRecord(kind, groups, tuple(weight.shape), layout.pattern)
+    assert back.record == LayerRecord(kind, groups, tuple(weight.shape), layout.pattern, retained if known else None)
     assert torch.equal(back.mask, weight != 0)
     assert (back.layout is None) != known
     if back.layout is not None:
         assert torch.equal(back.layout.output_order, layout.output_order)
         assert torch.equal(back.layout.vector_index, layout.vector_index)
+        assert back.layout.retained == retained
 
 
 def test_a_layer_state_holds_tensors_and_primitives_only(tmp_path: Path) -> None:
@@ -783,6 +797,7 @@ STATE_DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "column out of range": (lambda s: s["vector_index"].fill_(-1), "has columns outside"),
     "column twice": (lambda s: s["vector_index"].fill_(1), "twice in one tile"),
     "pattern": (lambda s: s["pattern"].update(vector_sparsity=0.75), "the pattern keeps"),
+    "retained": (lambda s: s.update(retained=2.0), "retained=2.0"),
 }
 
 

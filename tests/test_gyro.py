@@ -81,7 +81,7 @@ def test_the_same_generator_gives_the_same_layout(pattern, saliency, method):
 @given(patterns(), saliencies())
 def test_the_value_reported_is_the_value_of_the_mask(pattern, saliency):
     result = search(saliency, pattern)
-    assert result.retained == value(saliency, result.layout)
+    assert result.retained == result.layout.retained == value(saliency, result.layout)
 
 
 @settings(deadline=None, max_examples=30)
@@ -500,7 +500,7 @@ def test_the_same_question_is_answered_from_disk_and_leaves_the_generator_where_
     second = search(saliency.clone(), pattern, generator=generators[1])
     assert torch.equal(first.layout.output_order, second.layout.output_order)
     assert torch.equal(first.layout.vector_index, second.layout.vector_index)
-    assert first.retained == second.retained
+    assert first.retained == second.retained == second.layout.retained
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -85,6 +86,18 @@ def test_tensors_of_the_wrong_type_or_number_of_tiles_are_refused():
         HiNMLayout(PATTERN, torch.arange(8).int(), torch.zeros(2, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="has 3 tiles, but 8 rows in tiles of vector_size=4 make 2"):
         HiNMLayout(PATTERN, torch.arange(8), torch.zeros(3, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan"), float("inf"), "0.5", True])
+def test_a_retained_saliency_outside_nought_to_one_is_refused(bad):
+    with pytest.raises(ValueError, match=r"HiNMLayout: retained=.*must be a number in \[0, 1\], or None"):
+        dataclasses.replace(layout(), retained=bad)
+
+
+def test_a_layout_keeps_what_it_retained_wherever_it_goes():
+    assert layout().retained is None
+    one = dataclasses.replace(layout(), retained=0.25)
+    assert [again.retained for again in (copy.deepcopy(one), copy.copy(one), one.to("meta"))] == [0.25] * 3
 
 
 def test_layouts_are_compared_by_identity_and_survive_deepcopy():

@@ -90,6 +90,7 @@ def test_retained_is_a_fraction_and_monotone(saliency):
     assert retained(saliency, all_) == 1.0
     assert retained(saliency, none) == (0.0 if saliency.any() else 1.0)
     assert 0.0 <= retained(saliency, some) <= 1.0
+    assert retained(saliency.t(), (saliency > 0).t().contiguous()) <= 1.0  # summed in another order than its total
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,10 @@ def test_the_state_dict_loads_again_and_is_validated(net: Net) -> None:
     converted, other = to_hinm(net), to_hinm(pruned(Net()))
     state = converted.state_dict()
     assert not any("expansion" in key for key in state)
+    other.load_state_dict({}, strict=False)
+    assert 0 < other.linear.retained < 1  # type: ignore[operator]
     other.load_state_dict(state)
+    assert other.linear.retained is None  # of another layout now
     torch.testing.assert_close(other(X), converted(X))
     stream = io.BytesIO()
     torch.save(state, stream)
@@ -233,6 +236,7 @@ def test_a_converted_model_can_be_copied_and_pickled(net: Net, clone: Any) -> No
     assert torch.equal(again(X), converted(X))
     assert again.linear is again.shared
     assert again.linear.values.data_ptr() != converted.linear.values.data_ptr()
+    assert again.linear.retained == layout_of(net.linear).retained < 1  # type: ignore[union-attr, operator]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -11,7 +11,7 @@ from lightning_hinm.gyro import search
 from lightning_hinm.layout import check_layout
 from lightning_hinm.mask import hinm_mask
 from lightning_hinm.pattern import HiNMPattern, to_matrix
-from lightning_hinm.prune import find_layers, layout_of, prune
+from lightning_hinm.prune import LayerReport, PruningReport, find_layers, layout_of, prune
 from tests.strategies import patterns
 
 PATTERN = HiNMPattern(4, 0.5)
@@ -116,6 +116,17 @@ def test_the_layout_survives_deepcopy_and_stays_out_of_the_state_dict():
     prune(model, PATTERN)
     assert torch.equal(layout_of(copy.deepcopy(model)[0]).vector_index, layout_of(model[0]).vector_index)
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
+def test_the_layout_knows_what_the_report_says_that_the_layer_retained():
+    model = Net()
+    for entry in prune(model, PATTERN).pruned:
+        assert layout_of(model.get_submodule(entry.name)).retained == entry.retained < 1
+
+
+def test_what_is_not_known_is_no_number_in_the_table():
+    known, unknown = (LayerReport("fc", "linear", (8, 8), 0.75, retained) for retained in (0.5, None))
+    assert [str(PruningReport((entry,))).splitlines()[1].split()[4] for entry in (known, unknown)] == ["0.5000", "-"]
 
 
 def test_a_shared_weight_is_pruned_once_and_both_layers_know_the_layout():

@@ -110,6 +110,7 @@ def test_a_saved_model_comes_back_packed_and_computes_the_same(
         layer, original = loaded.get_submodule(name), net.get_submodule(name)
         assert isinstance(layer, HiNMConv2d if name.startswith("conv") else HiNMLinear)
         assert torch.equal(layer.weight, original.weight)
+        assert layer.retained == layout_of(original).retained < 1
         assert not layer.training
     assert type(loaded.head) is nn.Linear
     assert {tensor.dtype for key, tensor in loaded.state_dict().items() if tensor.is_floating_point()} == {dtype}
@@ -370,4 +371,5 @@ def test_an_exported_checkpoint_loads_like_a_saved_model(path: Path, tmp_path: P
     loaded = load_hinm(meta_net(), path)
     assert torch.equal(loaded(images()), to_hinm(net)(images()))
     assert torch.equal(unpack(loaded.right.packed), net.right.weight)
+    assert loaded.right.retained == layout_of(net.right).retained < 1
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "model.safetensors"]

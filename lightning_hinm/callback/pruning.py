@@ -22,6 +22,7 @@ from lightning_hinm.callback.state import (
     dump_state,
     fresh_state,
     read_state,
+    report_of,
     targets_of,
 )
 from lightning_hinm.callback.update import Choice, gather_taylor_, record_, saliency_of, search_layers, settle_saliency_
@@ -195,10 +196,9 @@ class HiNMPruning(Callback):
                 rank_zero_info(f"HiNMPruning: {describe_adopted(self._state, name)}")
             if len(self._state.adopted) == len(layers):
                 self._state.update = self.schedule.last
-        self._layers = layers
-        state = self._state
+        self._layers, state = layers, self._state
         for layer in layers:
-            state.reports.setdefault(layer.name, LayerReport(layer.name, layer.kind, tuple(layer.weight.shape)))
+            state.reports.setdefault(layer.name, report_of(state, layer))
             for tensors in (state.masks, state.sums):
                 if layer.name in tensors:
                     tensors[layer.name] = tensors[layer.name].to(layer.weight.device)

@@ -1,7 +1,7 @@
 """What the callback remembers: masks, layouts, how far it is; and how a checkpoint holds that, validated when read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,16 @@ def adopt(state: PruningState, layer: PrunableLayer) -> None:
     state.masks[layer.name] = layer.to_weight(mask)
     state.patterns[layer.name] = pattern
     state.adopted.append(layer.name)
+
+
+def report_of(state: PruningState, layer: PrunableLayer) -> LayerReport:
+    """What is known of a layer at the start of a fit: a layer that is pruned already, by its mask and its layout."""
+    mask, layout = state.masks.get(layer.name), state.layouts.get(layer.name)
+    report = LayerReport(layer.name, layer.kind, tuple(layer.weight.shape))
+    if mask is None:
+        return report
+    retained = None if layout is None else layout.retained
+    return replace(report, sparsity=1 - mask.sum().item() / mask.numel(), retained=retained)
 
 
 def describe_adopted(state: PruningState, name: str) -> str:

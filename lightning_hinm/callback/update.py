@@ -155,17 +155,19 @@ def search_layers(
 
 def record_(state: PruningState, layer: PrunableLayer, pattern: HiNMPattern, found: Found) -> None:
     """Puts what was found for one layer in force; its weight is not touched yet."""
-    choice, name = found.choice, layer.name
+    choice, name, before = found.choice, layer.name, state.reports[layer.name]
+    retained = before.retained
+    if retained is not None:  # of the weights that the mask before kept, hence the product over the updates
+        retained *= min(found.kept / found.total, 1.0) if found.total else 1.0
     state.masks[name] = layer.to_weight(choice.mask.to(layer.weight.device))
     state.patterns[name] = pattern
     state.layouts.pop(name, None)
     if choice.layout is not None:
-        state.layouts[name] = choice.layout
-    before = state.reports[name]
+        state.layouts[name] = replace(choice.layout, retained=retained)
     state.reports[name] = replace(
         before,
         sparsity=1 - choice.mask.sum().item() / choice.mask.numel(),
-        retained=before.retained * (found.kept / found.total if found.total else 1.0),
+        retained=retained,
         seconds=before.seconds + found.seconds,
         ended_by_budget=before.ended_by_budget or choice.ended_by_budget,
     )

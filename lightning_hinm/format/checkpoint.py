@@ -46,8 +46,9 @@ def layer_state(
         mask: bool, in the shape of the module's own weight.
         layout: how the masked weight is packed, or None while that is not known.
     """
+    retained = None if layout is None else layout.retained
     return {
-        **LayerRecord(kind, groups, tuple(mask.shape), pattern).to_dict(),
+        **LayerRecord(kind, groups, tuple(mask.shape), pattern, retained).to_dict(),
         "mask": pack_bits(mask.detach().cpu().flatten()),
         "output_order": None if layout is None else layout.output_order.cpu().to(torch.int32),
         "vector_index": None if layout is None else layout.vector_index.cpu().to(torch.int32),
@@ -82,7 +83,7 @@ def read_layer_state(name: str, state: Any) -> LayerState:
                 "int32 tensors, or both None."
             )
         try:
-            layout = HiNMLayout(record.pattern, order.to(torch.int64), index.to(torch.int64))
+            layout = HiNMLayout(record.pattern, order.to(torch.int64), index.to(torch.int64), record.retained)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         check_layout(layout, record.rows, record.in_features, groups=record.groups, name=name)

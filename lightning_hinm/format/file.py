@@ -187,7 +187,9 @@ def read_contents(path: str | os.PathLike[str], header: FileHeader) -> FileConte
                 key = weight_key(layer)
                 if key not in header.aliases:
                     parts = {part: stored[f"{key}.{part}"] for part in PARTS}
-                    packed[key] = HiNMWeight(**parts, shape=record.packed_shape, pattern=record.pattern)
+                    packed[key] = HiNMWeight(
+                        **parts, shape=record.packed_shape, pattern=record.pattern, retained=record.retained
+                    )
                     try:
                         check_packed(packed[key], layer, groups=record.groups)
                     except ValueError as error:

@@ -5,7 +5,7 @@ a row. Rows are packed in ``output_order``; the positions of a group are counted
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class HiNMWeight:
         output_order: ``[O]``, as in a layout, in the smallest unsigned type that fits the rows.
         shape: of the dense weight, ``[O, I]`` or ``[O, C, kh, kw]``.
         pattern: the pattern it obeys.
+        retained: as in a layout.
 
     The index tensors may be uint16 or uint32, for which torch has few operators: take them from ``layout``.
     """
@@ -39,11 +40,13 @@ class HiNMWeight:
     output_order: Tensor
     shape: tuple[int, ...]
     pattern: HiNMPattern
+    retained: float | None = None
 
     @property
     def layout(self) -> HiNMLayout:
         """The layout by which it was packed, int64."""
-        return HiNMLayout(self.pattern, self.output_order.to(torch.int64), self.vector_index.to(torch.int64))
+        order, index = self.output_order.to(torch.int64), self.vector_index.to(torch.int64)
+        return HiNMLayout(self.pattern, order, index, self.retained)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -57,8 +60,7 @@ class HiNMWeight:
 
     def to(self, device: torch.device | str) -> "HiNMWeight":
         """The same packed weight on ``device``."""
-        moved = {field: tensor.to(device) for field, tensor in self.tensors.items()}
-        return HiNMWeight(**moved, shape=self.shape, pattern=self.pattern)
+        return replace(self, **{field: tensor.to(device) for field, tensor in self.tensors.items()})  # type: ignore
 
 
 def pack(weight: Tensor, layout: HiNMLayout, *, groups: int = 1, name: str = "weight") -> HiNMWeight:
@@ -120,6 +122,7 @@ def pack(weight: Tensor, layout: HiNMLayout, *, groups: int = 1, name: str = "we
         layout.output_order.to(index_dtype(rows)),
         tuple(weight.shape),
         pattern,
+        layout.retained,
     )
     if outside := int(matrix.count_nonzero() - packed.values.count_nonzero()):
         raise ValueError(

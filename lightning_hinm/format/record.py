@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_hinm.layout import check_retained
 from lightning_hinm.pattern import HiNMPattern
 
 DIMENSIONS = {"linear": 2, "hf_conv1d": 2, "conv1d": 3, "conv2d": 4}  # of the weight of each prunable kind
@@ -21,6 +22,7 @@ class LayerRecord:
         groups: channel groups of a convolution, else 1.
         shape: of the module's own weight; ``[in, out]`` for a Hugging Face ``Conv1D``.
         pattern: the pattern that the weight obeys.
+        retained: as in a layout; None where it is not known.
 
     Raises:
         ValueError: if no such layer can have been pruned.
@@ -30,6 +32,7 @@ class LayerRecord:
     groups: int
     shape: tuple[int, ...]
     pattern: HiNMPattern
+    retained: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in DIMENSIONS:
@@ -41,6 +44,7 @@ class LayerRecord:
             )
         if not _is_count(self.groups) or (self.groups > 1 and not self.kind.startswith("conv")):
             raise ValueError(f"groups={self.groups!r}, but it must be 1, or a positive number for a convolution.")
+        check_retained(self.retained, "layer")
         # Beyond this, the padding alone could be made larger than any memory.
         v, m = self.pattern.vector_size, self.pattern.m
         if self.rows % self.groups or self.rows // self.groups < v or self.in_features < m:
@@ -69,13 +73,14 @@ class LayerRecord:
         return weight.t() if self.kind == "hf_conv1d" else weight
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives only, for files and checkpoints."""
-        return {
+        """Primitives only, for files and checkpoints; ``retained`` only where it is known."""
+        fields = {
             "kind": self.kind,
             "groups": self.groups,
             "shape": [int(size) for size in self.shape],
             "pattern": self.pattern.to_dict(),
         }
+        return fields if self.retained is None else fields | {"retained": self.retained}
 
     @classmethod
     def from_dict(cls, fields: Any) -> "LayerRecord":
@@ -84,14 +89,14 @@ class LayerRecord:
         Raises:
             ValueError: if ``fields`` are not exactly the fields of a layer that can have been pruned.
         """
-        expected = set(cls.__dataclass_fields__)
-        if not isinstance(fields, Mapping) or set(fields) != expected:
+        expected = set(cls.__dataclass_fields__) - {"retained"}
+        if not isinstance(fields, Mapping) or set(fields) - {"retained"} != expected:
             got = sorted(map(str, fields)) if isinstance(fields, Mapping) else type(fields).__name__
-            raise ValueError(f"got fields {got}, but a layer has exactly {sorted(expected)}.")
+            raise ValueError(f"got fields {got}, but a layer has exactly {sorted(expected)}, and perhaps 'retained'.")
         kind, groups, shape = fields["kind"], fields["groups"], fields["shape"]
         if not isinstance(kind, str) or not isinstance(shape, list):
             raise ValueError(f"kind={kind!r} and shape={shape!r}, but they must be a string and a list.")
-        return cls(kind, groups, tuple(shape), HiNMPattern.from_dict(fields["pattern"]))
+        return cls(kind, groups, tuple(shape), HiNMPattern.from_dict(fields["pattern"]), fields.get("retained"))
 
 
 def weight_key(layer: str) -> str:

@@ -133,10 +133,12 @@ def search(
             value = retained(saliency, hinm_mask(saliency, entry.layout))
             if math.isclose(value, entry.retained, rel_tol=1e-9):
                 generator.set_state(entry.generator)
-                return SearchResult(entry.layout, value, entry.gap_closed, clock.seconds, ended_by_budget=False)
+                layout = replace(entry.layout, retained=value)
+                return SearchResult(layout, value, entry.gap_closed, clock.seconds, ended_by_budget=False)
             cache.forget(key)
     layout = _search_groups(saliency, pattern, groups, method, generator, clock, output_order, within, progress)
     value = retained(saliency, hinm_mask(saliency, layout))
+    layout = replace(layout, retained=value)
     gap = _Gap(saliency, pattern).closed(value)
     if key is not None and not clock.ended:
         cache.write(key, cache.Entry(layout, value, gap, generator.get_state()))

@@ -44,11 +44,12 @@ class HiNMLayer(nn.Module):
     expansion_metadata: Tensor | None
     columns: Tensor
     restore: Tensor
+    retained: float | None = None  # as in a layout; of what a state_dict brings it is not known
 
     def __init__(self, packed: HiNMWeight, bias: nn.Parameter | None, *, kind: str, groups: int = 1) -> None:
         super().__init__()
         self.kind, self.groups = kind, groups
-        self.shape, self.pattern = tuple(packed.shape), packed.pattern
+        self.shape, self.pattern, self.retained = tuple(packed.shape), packed.pattern, packed.retained
         if not packed.values.is_meta:
             check_packed(packed, type(self).__name__, groups=groups)
         for name, tensor in packed.tensors.items():
@@ -61,7 +62,7 @@ class HiNMLayer(nn.Module):
     def packed(self) -> HiNMWeight:
         """The packed weight; its tensors are the layer's own buffers."""
         tensors = {name: self._buffers[name] for name in PACKED_TENSORS}
-        return HiNMWeight(**tensors, shape=self.shape, pattern=self.pattern)  # type: ignore[arg-type]
+        return HiNMWeight(**tensors, shape=self.shape, pattern=self.pattern, retained=self.retained)  # type: ignore
 
     @property
     def expanded(self) -> dict[str, Tensor]:
@@ -84,6 +85,7 @@ class HiNMLayer(nn.Module):
     @torch.no_grad()
     def repack(self, packed: HiNMWeight) -> None:
         """Takes another weight of the same shape and pattern, in place, so that compiled graphs see it."""
+        self.retained = packed.retained
         for name, tensor in packed.tensors.items():
             self._buffers[name].copy_(tensor)  # type: ignore[union-attr]
         for name, expanded in expand_all(self.packed, groups=self.groups).items():
@@ -124,6 +126,8 @@ class HiNMLayer(nn.Module):
             except ValueError as error:
                 error_msgs.append(str(error))
                 return
+        if any(prefix + name in state_dict for name in PACKED_TENSORS):
+            self.retained = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in expand_all(self.packed, groups=self.groups).items():

@@ -58,6 +58,23 @@ def test_a_resumed_training_is_bit_equal_to_one_never_stopped(stop: int, salienc
     resumed.fit(model, Batches(), ckpt_path=path)  # `weights_only` by default
     assert_same(final_state(whole), final_state(resumed))
     assert_target(model, callback)
+    for one, two in zip(whole.callbacks[0].report.pruned, callback.report.pruned, strict=True):
+        assert (one.sparsity, one.retained) == (two.sparsity, two.retained)
+        assert layout_of(layers_of(model)[two.name]).retained == two.retained < 1
+
+
+def test_a_state_from_before_layouts_knew_what_they_retained_is_resumed_without_inventing_it(tmp_path: Path) -> None:
+    settings = {"schedule": GradualSchedule(0.1, 0.8, 4), "method": "exchange"}
+    fit(pruning_of(**settings), ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1))
+    path, callback, model = tmp_path / "epoch=1-step=8.ckpt", pruning_of(**settings), Tiny()
+    checkpoint = torch.load(path, weights_only=True)
+    for layer in checkpoint["callbacks"]["HiNMPruning"]["layers"].values():
+        assert 0 < layer.pop("retained") < 1
+    torch.save(checkpoint, path)
+    trainer_of(callback).fit(model, Batches(), ckpt_path=path)
+    assert_target(model, callback)
+    assert [entry.retained for entry in callback.report.pruned] == [None, None]
+    assert layout_of(model.net[0]).retained is None
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
@@ -288,6 +305,10 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a negative update": (lambda state: state.update(update=-1), r"update=-1"),
     "an update beyond the last": (lambda state: state.update(update=99), r"update=99"),
     "a length that is no number": (lambda state: state.update(total_batches="18"), r"total_batches='18'"),
+    "a layer retained beyond one": (
+        lambda state: state["layers"]["net.2"].update(retained=1.5),
+        r"net\.2: .*retained=1",
+    ),
     "retained beyond one": (lambda state: state.update(retained=1.5), r"retained=1\.5"),
     "a missing key": (lambda state: state.pop("sums"), r"must hold exactly"),
     "layers that are a list": (lambda state: state.update(layers=[]), r"layers is list"),
@@ -340,13 +361,17 @@ def test_masks_are_taken_from_the_zeros_of_a_weights_only_checkpoint(finished: A
     assert all("sparsity 0.75" in line and "load_layouts" in line for line in said)
     assert callback.masks["net.3"].any()
     assert callback.layouts.keys() == {"net.3"}
+    by_name = {entry.name: entry for entry in callback.report.pruned}
+    assert (by_name["net.0"].sparsity, by_name["net.0"].retained) == (0.75, None)
 
 
 def test_a_model_that_prune_has_pruned_keeps_masks_and_layouts(lines: list[str]) -> None:
     model, callback = Tiny(), pruning_of()
-    prune(model, PATTERN)
+    report = prune(model, PATTERN)
     before = {name: module.weight != 0 for name, module in layers_of(model).items() if layout_of(module)}
     fit(callback, model=model)
     assert_same(before, callback.masks)
     assert_target(model, callback)
     assert sum("with its layout" in line for line in lines) == 2
+    for one, two in zip(report.pruned, callback.report.pruned, strict=True):
+        assert (one.name, one.sparsity, one.retained) == (two.name, two.sparsity, two.retained)

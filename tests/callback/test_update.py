@@ -150,6 +150,7 @@ def test_the_retained_saliency_of_several_updates_is_that_of_the_last_mask() -> 
     fit(callback)
     for entry in callback.report.pruned:
         assert entry.retained == pytest.approx(retained(given[entry.name], callback.masks[entry.name]))
+        assert callback.layouts[entry.name].retained == entry.retained
 
 
 def test_a_long_search_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
