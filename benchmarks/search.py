@@ -234,8 +234,8 @@ def part_growth(matrices: dict[str, Tensor]) -> list[Row]:
         ranks = seconds_of(exchange._likely, work.saliency, pattern)
         vectors = partial(problem.assign_vectors, pruned=True, draws=4)
         row: Row = {"shape": [height, width], "ranks": ranks}
-        row["annealing"] = (seconds_of(exchange._anneal_rows, work, order) - ranks) / 8
-        row["rows"] = seconds_of(exchange._move_rows, work, order, index)
+        row["annealing"] = (seconds_of(exchange._anneal_rows, [work], order) - ranks) / 8
+        row["rows"] = seconds_of(exchange._move_rows, [work], order, [index])
         row["vectors"] = seconds_of(vectors, work, order, index) / 4
         rows.append(row)
         kinds = ("annealing", "rows", "vectors")

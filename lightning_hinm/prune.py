@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_hinm.gyro import SearchResult, search
+from lightning_hinm.gyro import SearchResult, search_shared
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import check_saliency, hinm_mask
 from lightning_hinm.pattern import HiNMPattern, from_matrix, layer_kind, named_layers, to_matrix
@@ -111,6 +111,7 @@ def prune(
     method: str = "exchange",
     generator: torch.Generator | None = None,
     time_budget: float | None = None,
+    shared_orders: Sequence[Sequence[str]] = (),
 ) -> PruningReport:
     """Prunes the weights of ``model`` in place, one-shot: pruned weights are exactly zero, nothing else changes.
 
@@ -127,33 +128,40 @@ def prune(
         method: the search, as for ``gyro_permute``.
         generator: randomness of the search.
         time_budget: seconds for the search of all layers together; None for no limit.
+        shared_orders: sets of layers, each a list of entries as in ``include``, that get one ``output_order``: between
+            layers that write one residual stream, or whose outputs are multiplied, no order is then restored at run
+            time. They are searched together, and retain a little less than with an order each, as the report shows.
 
     Returns:
         The report: name, shape, sparsity and retained saliency of every layer, or the reason why it was skipped.
 
     Raises:
         ValueError: for an entry that matches nothing, a model with nothing to prune, weights or a saliency that are
-            negative or not finite, a parametrised weight; all offenders in one message, and nothing was changed.
+            negative or not finite, a parametrised weight, layers that cannot share an order; all offenders in one
+            message, and nothing was changed.
     """
     layers, skipped = find_layers(model, pattern, include=include, ignore=ignore)
+    sets = find_sets(model, layers, skipped, shared_orders)
     scores = saliencies(layers, saliency)
     results: dict[str, SearchResult] = {}
-    done, total = 0, sum(layer.matrix.numel() for layer in layers)
-    for layer in layers:
-        share = None
+    left = sum(layer.matrix.numel() for layer in layers)
+    for together in sets:
+        share, size = None, sum(layer.matrix.numel() for layer in together)
         if time_budget is not None:
             spent = sum(result.seconds for result in results.values())
-            share = max(time_budget - spent, 0.0) * layer.matrix.numel() / (total - done)
-        done += layer.matrix.numel()
-        results[layer.name] = search(
-            scores[layer.name],
-            layer.pattern,
-            groups=layer.groups,
+            share = max(time_budget - spent, 0.0) * size / left
+        left -= size
+        names = [layer.name for layer in together]
+        found = search_shared(
+            [scores[name] for name in names],
+            [layer.pattern for layer in together],
+            groups=together[0].groups,
             method=method,
             generator=generator,
             time_budget=share,
-            progress=partial(log.info, "prune: %s: %s", layer.name),
+            progress=partial(log.info, "prune: %s: %s", ", ".join(names)),
         )
+        results |= zip(names, found, strict=True)
     masks = {layer.name: hinm_mask(scores[layer.name], results[layer.name].layout) for layer in layers}
     reports = {entry.name: entry for entry in skipped}
     for layer in layers:
@@ -270,6 +278,48 @@ def find_layers(
             f"layers every one is skipped. Choose another `pattern`, `include` or `ignore`.{reasons}"
         )
     return layers, skipped
+
+
+def find_sets(
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    skipped: Sequence[LayerReport],
+    shared_orders: Sequence[Sequence[str]],
+) -> list[list[PrunableLayer]]:
+    """All layers that ``find_layers`` found, those of a set of ``shared_orders`` together, every other by itself.
+
+    Raises:
+        ValueError: for entries that match nothing, layers that are not pruned, that are grouped convolutions or in two
+            sets, and sets with different numbers of rows or tiles of different sizes; all offenders in one message.
+    """
+    prunable, by_name = named_layers(model), {layer.name: layer for layer in layers}
+    reasons = {entry.name: entry.reason for entry in skipped}
+    wrong: list[str] = []
+    set_of: dict[str, int] = {}
+    for i, entries in enumerate(shared_orders):
+        argument, members = f"shared_orders[{i}]", []
+        for name in sorted(_match(model, prunable, entries, argument, wrong) or ()):
+            layer = by_name.get(name)
+            if layer is None:
+                wrong.append(f"{argument}: {name} is not pruned: {reasons.get(name, 'its weight is parametrised')}")
+                continue
+            members.append(layer)
+            if layer.groups > 1:
+                wrong.append(f"{argument}: {name} has groups={layer.groups}, but no row may leave its group")
+            if set_of.setdefault(name, i) != i:
+                wrong.append(f"{argument}: {name} is in shared_orders[{set_of[name]}] too")
+        rows = {layer.name: layer.matrix.shape[0] for layer in members}
+        sizes = {layer.name: layer.pattern.vector_size for layer in members}
+        for what, numbers in {"number of rows": rows, "vector_size": sizes}.items():
+            if len(set(numbers.values())) > 1:
+                wrong.append(f"{argument}: one order needs one {what}, but the layers have {numbers}")
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise ValueError(f"Nothing was pruned: `shared_orders` does not fit. Correct or remove these:\n  {listed}")
+    sets: dict[int | str, list[PrunableLayer]] = {}
+    for layer in layers:
+        sets.setdefault(set_of.get(layer.name, layer.name), []).append(layer)
+    return list(sets.values())
 
 
 def _does_not_pay(layer: PrunableLayer) -> str | None:

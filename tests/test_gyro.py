@@ -1,5 +1,6 @@
 import itertools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from benchmarks.optimum import best_retained
-from lightning_hinm.gyro import SMALL, gyro_permute, search
+from benchmarks.optimum import best_retained, groupings
+from lightning_hinm.gyro import SMALL, gyro_permute, search, search_shared
 from lightning_hinm.gyro.exchange import _balance, _likely
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
@@ -486,7 +487,7 @@ def no_search(monkeypatch):
     def refuse(*_):
         raise AssertionError("searched again")
 
-    return lambda: monkeypatch.setattr("lightning_hinm.gyro._search_matrix", refuse)
+    return lambda: monkeypatch.setattr("lightning_hinm.gyro._search_rows", refuse)
 
 
 def test_the_same_question_is_answered_from_disk_and_leaves_the_generator_where_the_search_did(cache_folder, no_search):
@@ -609,6 +610,187 @@ def test_off_writes_nothing_and_the_default_is_below_the_users_cache(tmp_path, m
     monkeypatch.delenv("LIGHTNING_HINM_LAYOUTS")
     search(structured(32, 24), HiNMPattern(4))
     assert len(list((tmp_path / "lightning-hinm" / "layouts").iterdir())) == 1
+
+
+# --- one order for several matrices -----------------------------------------------------------------------------------
+
+
+def alike(*columns: int, rows: int = 64, same: bool = True) -> list[torch.Tensor]:
+    """Matrices of four kinds of rows; in all of them the same rows are of one kind, or in each others."""
+    kinds = [torch.arange(rows).remainder(4)[torch.randperm(rows, generator=seeded(0 if same else i))]
+             for i in range(len(columns))]  # fmt: skip
+    draws = [seeded(100 + i) for i in range(len(columns))]
+    return [
+        (torch.rand(4, count, generator=draw) ** 4)[kind] + 0.1 * torch.rand(rows, count, generator=draw)
+        for count, kind, draw in zip(columns, kinds, draws, strict=True)
+    ]
+
+
+@st.composite
+def matrices_of_one_height(draw):
+    """Two or three saliencies with as many rows, and a pattern for each, with tiles of one size."""
+    first, pattern = draw(saliencies()), draw(patterns())
+    more = draw(st.lists(st.tuples(saliencies(), patterns()), min_size=1, max_size=2))
+    rows = torch.arange(len(first))
+    return (
+        [first, *(saliency[rows % len(saliency)] for saliency, _ in more)],
+        [pattern, *(replace(other, vector_size=pattern.vector_size) for _, other in more)],
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(matrices_of_one_height(), st.sampled_from(["gyro", "exchange"]), st.integers(0, 99))
+def test_a_shared_order_is_legal_everywhere_and_never_worse_than_identity_for_the_sum(case, method, seed):
+    found = search_shared(*case, method=method, generator=seeded(seed))
+    base = [search(saliency, pattern, method="identity").retained for saliency, pattern in zip(*case, strict=True)]
+    for result, saliency, pattern in zip(found, *case, strict=True):
+        check_layout(result.layout, *saliency.shape)
+        assert result.layout.pattern == pattern
+        assert torch.equal(result.layout.output_order, found[0].layout.output_order)
+        assert result.retained == result.layout.retained == value(saliency, result.layout)
+    assert sum(result.retained for result in found) >= sum(base) - 1e-12
+    again = search_shared(*case, method=method, generator=seeded(seed))
+    for one, two in zip(found, again, strict=True):
+        assert torch.equal(one.layout.output_order, two.layout.output_order)
+        assert torch.equal(one.layout.vector_index, two.layout.vector_index)
+
+
+@settings(deadline=None, max_examples=30)
+@given(patterns(), saliencies(), st.sampled_from(["identity", "gyro", "exchange"]))
+def test_a_set_of_one_is_the_plain_search(pattern, saliency, method):
+    generators = [seeded(3), seeded(3)]
+    plain = search(saliency, pattern, method=method, generator=generators[0])
+    (alone,) = search_shared([saliency], [pattern], method=method, generator=generators[1])
+    assert torch.equal(plain.layout.output_order, alone.layout.output_order)
+    assert torch.equal(plain.layout.vector_index, alone.layout.vector_index)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+@pytest.mark.parametrize("rows", [64, 256], ids=["with the paper's loop", "annealed alone"])
+@pytest.mark.parametrize("pattern", [HiNMPattern(16), HiNMPattern(8, 0.75, 1, 4, 16)], ids=str)
+def test_matrices_of_one_structure_lose_next_to_nothing_by_sharing_their_order(rows, pattern):
+    matrices = alike(48, 96, rows=rows)
+    shared = search_shared(matrices, [pattern, pattern])
+    for matrix, result in zip(matrices, shared, strict=True):
+        identity, own = (search(matrix, pattern, method=method).retained for method in ("identity", "exchange"))
+        assert result.retained > identity + 0.9 * (own - identity) > identity + 0.01
+
+
+def test_matrices_of_different_structure_share_the_gain():
+    matrices, pattern = alike(48, 96, same=False), HiNMPattern(16)
+    shared = search_shared(matrices, [pattern, pattern])
+    identity, own = (
+        [search(matrix, pattern, method=method).retained for matrix in matrices] for method in ("identity", "exchange")
+    )
+    assert sum(identity) + 0.01 < sum(result.retained for result in shared) < sum(own)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shared_order_comes_within_two_percent_of_the_optimum_of_tiny_matrices(seed):
+    cases = [
+        (torch.rand(4, 8, generator=seeded(seed)) ** 3, HiNMPattern(2, 0.0, n=2, m=4)),
+        (torch.rand(4, 6, generator=seeded(seed + 50)) ** 3, HiNMPattern(2, 1 / 3, n=1, m=2)),
+    ]
+
+    def best_of(tile: tuple[int, ...]) -> float:
+        return sum(
+            max(
+                sum(saliency[list(tile)][:, list(group)].topk(pattern.n, dim=1).values.sum().item() for group in groups)
+                for chosen in itertools.combinations(range(saliency.shape[1]), pattern.kept(saliency.shape[1]))
+                for groups in groupings(chosen, pattern.m)
+            )
+            / saliency.sum().item()
+            for saliency, pattern in cases
+        )
+
+    best = max(best_of(one) + best_of(two) for one, two in [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))])
+    found = search_shared(*zip(*cases, strict=True))
+    assert 0.98 * best <= sum(result.retained for result in found) <= best + 1e-6
+
+
+def test_the_scale_of_one_of_several_matrices_does_not_matter():
+    matrices, patterns = alike(48, 96, same=False), [HiNMPattern(16)] * 2
+    one = search_shared(matrices, patterns)
+    two = search_shared([matrices[0], matrices[1] * 2.0**20], patterns)
+    assert torch.equal(one[0].layout.output_order, two[0].layout.output_order)
+
+
+def test_a_matrix_of_zeros_counts_nothing():
+    (matrix,), pattern = alike(48), HiNMPattern(16)
+    found = search_shared([torch.zeros(64, 32), matrix, torch.ones(64, 8)], [pattern] * 3)
+    assert found[1].retained == pytest.approx(search(matrix, pattern).retained, abs=0.002)
+    assert [found[0].retained, found[2].retained] == [1.0, 0.25]
+
+
+def test_one_order_needs_as_many_rows_and_tiles_of_one_size():
+    matrices = [torch.rand(16, 8), torch.rand(16, 8)]
+    with pytest.raises(ValueError, match=r"search_shared: .*vector_size=\[4, 8\]"):
+        search_shared(matrices, [HiNMPattern(4), HiNMPattern(8)])
+    with pytest.raises(ValueError, match=r"search_shared: got layers of \[8, 16\] rows"):
+        search_shared([matrices[0], matrices[1][:8]], [HiNMPattern(4)] * 2)
+    with pytest.raises(ValueError, match="search_shared: got layers of"):
+        search_shared([], [])
+
+
+def test_a_budget_is_shared_by_the_matrices_and_its_end_is_told_of_each(monkeypatch):
+    matrices, patterns = alike(96, 64, rows=128), [HiNMPattern(16)] * 2
+    for result, matrix in zip(search_shared(matrices, patterns, time_budget=0), matrices, strict=True):
+        assert result.ended_by_budget
+        assert result.retained == search(matrix, patterns[0], method="identity").retained
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.ROUNDS", 10**9)  # endless, were it not for the budget
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.WORK", 10**18)
+    found = search_shared(matrices, patterns, time_budget=1.0)
+    assert [result.ended_by_budget for result in found] == [True, True]
+    assert found[0].seconds == pytest.approx(1.5 * found[1].seconds)
+    assert 0.5 <= found[0].seconds + found[1].seconds < 5
+    for result, matrix in zip(found, matrices, strict=True):
+        assert result.retained > search(matrix, patterns[0], method="identity").retained + 0.01
+
+
+def test_several_matrices_are_one_question_to_the_disk(cache_folder, no_search):
+    matrices, patterns = alike(48, 96), [HiNMPattern(16), HiNMPattern(16, 0.75)]
+    generators = [seeded(3), seeded(3)]
+    first = search_shared(matrices, patterns, generator=generators[0])
+    assert len(list(cache_folder.iterdir())) == 2
+    no_search()
+    second = search_shared(matrices, patterns, generator=generators[1])
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one.layout.output_order, two.layout.output_order)
+        assert torch.equal(one.layout.vector_index, two.layout.vector_index)
+        assert (one.retained, one.gap_closed) == (two.retained, two.gap_closed)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    for other in ([matrices[1], matrices[0]], [matrices[0], matrices[1] * 2], matrices[:1]):
+        with pytest.raises(AssertionError, match="searched again"):
+            search_shared(other, patterns[: len(other)])
+
+
+@pytest.mark.parametrize("damage", ["missing", "another order"])
+def test_an_answer_from_disk_that_is_not_whole_is_searched_again(cache_folder, damage):
+    matrices, patterns = alike(48, 96), [HiNMPattern(16)] * 2
+    first = search_shared(matrices, patterns)
+    path = sorted(cache_folder.iterdir())[1]
+    if damage == "missing":
+        path.unlink()
+    else:  # two rows of one tile change places, which retains as much
+        tensors = load(path.read_bytes())
+        tensors["output_order"][:2] = tensors["output_order"][:2].flip(0)
+        path.write_bytes(save(tensors, {"retained": repr(first[1].retained), "gap_closed": "0.5"}))
+    again = search_shared(matrices, patterns)
+    assert torch.equal(again[0].layout.output_order, again[1].layout.output_order)
+    assert [result.gap_closed for result in again] == [result.gap_closed for result in first]
+
+
+@pytest.mark.parametrize("method", ["gyro", "exchange"])
+def test_a_long_search_for_several_matrices_reports_their_mean_and_does_not_change_by_it(method, monkeypatch):
+    monkeypatch.setattr("lightning_hinm.gyro.problem.SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr("lightning_hinm.gyro.problem.SEARCH_PER_REPORT", 0)
+    matrices, patterns, told = alike(48, 96), [HiNMPattern(16)] * 2, []
+    found = search_shared(matrices, patterns, method=method, progress=told.append)
+    silent = search_shared(matrices, patterns, method=method)
+    assert torch.equal(found[1].layout.vector_index, silent[1].layout.vector_index)
+    assert len(told) > 4
+    mean = sum(result.retained for result in found) / 2
+    assert 0.9 * mean < told[-1].retained <= mean + 1e-12
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_hinm.gyro import search
+from lightning_hinm.gyro import search_shared
 from lightning_hinm.layout import check_layout
 from lightning_hinm.mask import hinm_mask
 from lightning_hinm.pattern import HiNMPattern, to_matrix
@@ -136,6 +137,109 @@ def test_a_shared_weight_is_pruned_once_and_both_layers_know_the_layout():
     assert [layer.name for layer in report.pruned] == ["0"]
     assert "shares its weight with '0'" in report.layers[1].reason
     assert torch.equal(layout_of(model[1]).vector_index, layout_of(model[0]).vector_index)
+
+
+class Residual(nn.Module):
+    """Two layers that write one stream, two whose outputs are multiplied, and what no set can take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(16, 32)
+        self.down = nn.Conv1d(24, 32, 1)
+        self.gate = nn.Linear(32, 24)
+        self.up = nn.Linear(32, 24)
+        self.grouped = nn.Conv2d(8, 32, 1, groups=2)
+        self.tied = nn.Linear(16, 32)
+        self.tied.weight = self.attention.weight
+        self.head = nn.Linear(32, 2)
+
+
+SETS = [["attention", "down"], ["re:gate|up"]]
+
+
+def test_layers_that_share_an_order_have_one_and_the_others_their_own():
+    model = Residual()
+    before = copy.deepcopy(model)
+    report = prune(model, {"down": HiNMPattern(4, 0.75), "re:": PATTERN}, shared_orders=SETS)
+    orders = {layer.name: layout_of(model.get_submodule(layer.name)).output_order for layer in report.pruned}
+    assert list(orders) == ["attention", "down", "gate", "up", "grouped"]
+    assert torch.equal(orders["attention"], orders["down"])
+    assert torch.equal(orders["gate"], orders["up"])
+    assert not torch.equal(orders["attention"], orders["grouped"])
+    for layer in report.pruned:
+        module, dense = model.get_submodule(layer.name), before.get_submodule(layer.name)
+        matrix, layout = dense.weight.flatten(1).detach(), layout_of(module)
+        check_layout(layout, *matrix.shape, groups=getattr(module, "groups", 1))
+        assert torch.equal(module.weight.flatten(1), matrix.masked_fill(~hinm_mask(matrix.abs(), layout), 0))
+        assert layout.retained == layer.retained < 1
+    assert layout_of(model.down).pattern.vector_sparsity == 0.75
+
+
+def test_a_shared_order_costs_a_little_of_what_is_retained():
+    torch.manual_seed(0)
+    model = Residual()
+
+    def retained_by(**arguments: object) -> dict[str, float]:
+        report = prune(copy.deepcopy(model), PATTERN, ignore=["grouped"], **arguments)
+        return {layer.name: layer.retained for layer in report.pruned}
+
+    own, shared, identity = retained_by(), retained_by(shared_orders=SETS), retained_by(method="identity")
+    for one, two in [("attention", "down"), ("gate", "up")]:
+        assert identity[one] + identity[two] < shared[one] + shared[two] <= own[one] + own[two] + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ([["attention", "gate"]], r"shared_orders\[0\]: one order needs one number of rows.*'gate': 24"),
+        ([["gate", "up"], ["Linear"]], r"(?s)shared_orders\[1\]: gate is in shared_orders\[0\] too\n.*: up is in"),
+        ([["gate", "dwon"]], r"shared_orders\[0\]: 'dwon' matches no"),
+        ([["gate", "re:("]], "'re:\\(' is not a regular expression"),
+        ([["attention", "grouped"]], r"grouped has groups=2, but no row may leave its group"),
+        ([["attention", "tied"]], r"tied is not pruned: shares its weight with 'attention', and is pruned with it"),
+        ([["attention", "head"]], r"head is not pruned: 2 rows are less than one tile"),
+        ([["attention", "wide"]], r"one order needs one vector_size, but the layers have .*'wide': 8"),
+        ([["attention", "left_out"]], r"left_out is not pruned: in `ignore`"),
+        ([["attention", "normed"]], r"normed is not pruned: its weight is parametrised"),
+        ([["attention", "grouped"], ["gate", "head"]], r"(?s)shared_orders\[0\]: .*shared_orders\[1\]: "),
+    ],
+)
+def test_layers_that_cannot_share_an_order_are_refused_at_once_and_nothing_changes(sets, message):
+    model = Residual()
+    model.wide, model.left_out = nn.Linear(16, 32), nn.Linear(16, 32)
+    model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 32))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message) as error:
+        prune(
+            model,
+            {"wide": HiNMPattern(8), "re:": PATTERN},
+            ignore=["left_out", "normed"],
+            shared_orders=sets,
+        )
+    assert str(error.value).startswith("Nothing was pruned: `shared_orders` does not fit. Correct or remove these:")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_sets_that_are_no_lists_of_strings_are_refused():
+    with pytest.raises(TypeError, match=r"shared_orders\[0\]: got the string 'gate', but it must be a list of strings"):
+        prune(Residual(), PATTERN, shared_orders=["gate", "up"])
+
+
+def test_a_set_counts_as_one_in_the_time_budget_and_in_the_log(monkeypatch, caplog):
+    budgets = []
+
+    def instant(scores, patterns, **settings):
+        budgets.append(settings["time_budget"])
+        settings["time_budget"] = None
+        return [replace(result, seconds=0.0) for result in search_shared(scores, patterns, **settings)]
+
+    monkeypatch.setattr(sys.modules["lightning_hinm.prune"], "search_shared", instant)
+    monkeypatch.setattr("lightning_hinm.gyro.problem.SECONDS_BETWEEN_REPORTS", 0.0)
+    with caplog.at_level("INFO", logger="lightning_hinm"):
+        prune(Residual(), PATTERN, ignore=["grouped"], shared_orders=SETS, time_budget=100.0)
+    sizes = [16 * 32 + 24 * 32, 2 * 32 * 24]
+    assert budgets == [pytest.approx(100 * sizes[0] / sum(sizes)), 100.0]
+    assert "prune: attention, down: gap closed" in caplog.text
 
 
 def test_patterns_by_name_use_the_first_that_matches():
@@ -268,10 +372,10 @@ def test_an_interrupt_during_the_search_leaves_every_weight_as_it_was(monkeypatc
     def interrupted(*args, **settings):
         if searched:
             raise KeyboardInterrupt
-        searched.append(search(*args, **settings))
+        searched.append(search_shared(*args, **settings))
         return searched[0]
 
-    monkeypatch.setattr(sys.modules["lightning_hinm.prune"], "search", interrupted)
+    monkeypatch.setattr(sys.modules["lightning_hinm.prune"], "search_shared", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(model, HiNMPattern(8))
     assert len(searched) == 1

@@ -1,9 +1,8 @@
 """The Lightning callback. It says when and where; which weights survive is decided in ``mask`` and ``gyro``."""
 
 import weakref
-import zlib
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,17 +19,36 @@ from lightning_hinm.callback.state import (
     check_belongs,
     describe_adopted,
     dump_state,
+    fix_totals_,
     fresh_state,
+    progress_of,
     read_state,
     report_of,
     targets_of,
 )
-from lightning_hinm.callback.update import Choice, gather_taylor_, record_, saliency_of, search_layers, settle_saliency_
+from lightning_hinm.callback.update import (
+    Choice,
+    gather_taylor_,
+    generator_of,
+    record_,
+    saliency_of,
+    search_layers,
+    settle_saliency_,
+    share_order,
+)
 from lightning_hinm.gyro import METHODS, search
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import choose_vectors, hinm_mask
 from lightning_hinm.pattern import HiNMPattern, to_matrix
-from lightning_hinm.prune import LayerReport, PrunableLayer, PruningReport, find_layers, saliencies, set_layout
+from lightning_hinm.prune import (
+    LayerReport,
+    PrunableLayer,
+    PruningReport,
+    find_layers,
+    find_sets,
+    saliencies,
+    set_layout,
+)
 from lightning_hinm.schedule import GradualSchedule
 
 
@@ -52,6 +70,8 @@ class HiNMPruning(Callback):
         method: the search: ``"exchange"``, ``"gyro"`` (the paper's) or ``"identity"`` (none).
         seed: of the search; the global random state is neither read nor set.
         time_budget: seconds that the search of one update may take, for all layers together; None for no limit.
+        shared_orders: sets of layers, each a list of entries as in ``include``, that get one ``output_order``, as in
+            ``prune``. A layer that was pruned before the training keeps its own.
 
     Raises:
         ValueError: if an argument has no meaning; all offenders in one message.
@@ -72,6 +92,7 @@ class HiNMPruning(Callback):
         method: Literal["exchange", "gyro", "identity"] = "exchange",
         seed: int = 0,
         time_budget: float | None = None,
+        shared_orders: Sequence[Sequence[str]] = (),
     ) -> None:
         super().__init__()
         wrong = []
@@ -94,6 +115,7 @@ class HiNMPruning(Callback):
         self.method = method
         self.seed = seed
         self.time_budget = time_budget
+        self.shared_orders = shared_orders
         self._state = PruningState({})
         self._restored = False  # the state came from a checkpoint, and has not been compared with a model yet
         self._stage: str | None = None
@@ -104,9 +126,13 @@ class HiNMPruning(Callback):
     def _forget_model(self) -> None:
         """Sets what belongs to one model in one process, and is neither copied nor pickled."""
         self._model: Callable[[], Any] = lambda: None  # later a weakref.ref: a callback keeps no model alive
-        self._layers: list[PrunableLayer] = []
+        self._sets: list[list[PrunableLayer]] = []  # those that share their order together, every other by itself
         self._hooks: list[Any] = []
         self._changed = False  # masks were changed, but are not in force everywhere yet
+
+    @property
+    def _layers(self) -> list[PrunableLayer]:
+        return [layer for together in self._sets for layer in together]
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -143,7 +169,8 @@ class HiNMPruning(Callback):
             layer: ``layer.pattern`` is the target.
             saliency: non-negative, ``[O, I]``.
             pattern: the pattern that is due.
-            layout: of the mask in force; None before the first update.
+            layout: of the mask in force. Before the first update None, or what was found for the target of a layer
+                that shares its order: the order then stands.
             within: bool ``[O, I]``, the mask in force; None before the first update.
             generator: randomness of this layer in this update.
             time_budget: seconds for this layer, or None.
@@ -186,17 +213,18 @@ class HiNMPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored, self._restored = self._restored, False
         layers, self._skipped = find_layers(pl_module, self.pattern, include=self.include, ignore=self.ignore)
+        sets = find_sets(pl_module, layers, self._skipped, self.shared_orders)
         if not isinstance(self.saliency, str):
             saliencies(layers, self.saliency)
         if restored:
-            check_belongs(self._state, layers)
+            check_belongs(self._state, sets)
         elif self._state.targets != targets_of(layers):
             self._state = fresh_state(layers)
             for name in self._state.adopted:
-                rank_zero_info(f"HiNMPruning: {describe_adopted(self._state, name)}")
+                rank_zero_info(f"HiNMPruning: {describe_adopted(self._state, name, sets)}")
             if len(self._state.adopted) == len(layers):
                 self._state.update = self.schedule.last
-        self._layers, state = layers, self._state
+        self._sets, state = sets, self._state
         for layer in layers:
             state.reports.setdefault(layer.name, report_of(state, layer))
             for tensors in (state.masks, state.sums):
@@ -209,7 +237,7 @@ class HiNMPruning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._state.update < self.schedule.last:
-            self._fix_totals(trainer)
+            fix_totals_(self._state, trainer)
         self._remove_hooks()
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
         self._apply(trainer, pl_module)
@@ -234,7 +262,7 @@ class HiNMPruning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._progress(trainer, this_batch=1) >= 1:
+        if progress_of(self._state, trainer, this_batch=1) >= 1:
             self._finish(trainer)  # not only in `on_train_end`: the last validation and checkpoint come before that
         if self._changed:
             self._apply(trainer, pl_module)
@@ -265,7 +293,7 @@ class HiNMPruning(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove_hooks()
-        self._layers, self._stage = [], None
+        self._sets, self._stage = [], None
 
     def state_dict(self) -> dict[str, Any]:
         return dump_state(self._state, self.schedule) if self._state.targets else {}
@@ -276,42 +304,15 @@ class HiNMPruning(Callback):
             self._state, self._restored = read_state(state_dict, self.schedule), True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_model", "_layers", "_hooks")}
+        return {name: value for name, value in vars(self).items() if name not in ("_model", "_sets", "_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget_model()
         vars(self).update(state)
 
-    def _fix_totals(self, trainer: Trainer) -> None:
-        """Fixes the length of the training at its first start: a longer resume must not move what is due."""
-        state = self._state
-        if state.total_batches is not None or state.max_steps is not None:
-            return
-        epochs, batches = trainer.max_epochs, trainer.num_training_batches
-        if epochs not in (None, -1) and batches != float("inf"):
-            state.total_batches = int(epochs * batches)
-        if trainer.max_steps != -1:
-            state.max_steps = trainer.max_steps
-        if state.total_batches is None and state.max_steps is None:
-            raise ValueError(
-                f"HiNMPruning: got max_epochs={epochs}, max_steps={trainer.max_steps} and {batches} batches an epoch, "
-                "but a schedule in fractions of the training needs its length. Set `Trainer(max_steps=...)`."
-            )
-
-    def _progress(self, trainer: Trainer, this_batch: int = 0) -> Fraction:
-        """The part of the training that is done, exactly."""
-        state, progress = self._state, Fraction(0)
-        # Batches, not steps: GradScaler skips steps, and two manual optimizers make two of them a batch.
-        if state.total_batches:
-            done = trainer.fit_loop.epoch_loop.batch_progress.total.completed + this_batch
-            progress = Fraction(done, state.total_batches)
-        if state.max_steps:
-            progress = max(progress, Fraction(trainer.global_step, state.max_steps))
-        return progress
-
     def _due(self, trainer: Trainer) -> int:
         """Number of the update that is due before this step, perhaps one that was made already."""
-        due = self.schedule.due(self._progress(trainer))
+        due = self.schedule.due(progress_of(self._state, trainer))
         if due and not self._state.update and self.saliency == "taylor":
             ready = max(self._state.steps.values(), default=0) >= self.saliency_steps
             # All ranks or none: without synchronised gradients they may have skipped different steps.
@@ -324,28 +325,27 @@ class HiNMPruning(Callback):
         """Decides the masks of one update for all layers; no weight is touched."""
         state = self._state
         due = {layer.name: self.schedule.pattern(update, layer.pattern) for layer in self._layers}
-        layers = [
-            layer
-            for layer in self._layers
-            if layer.name not in state.adopted and due[layer.name] != state.patterns.get(layer.name)
-        ]
+        changing = {name for name in due if name not in state.adopted and due[name] != state.patterns.get(name)}
+        sets = [[layer for layer in together if layer.name in changing] for together in self._sets]
+        layers = [layer for together in sets for layer in together]
+        if state.update:  # orders stand from the first update on, and nothing else is shared
+            sets = [[layer] for layer in layers]
 
-        def choose(layer: PrunableLayer, time_budget: float | None) -> Choice:
+        def choose(layer: PrunableLayer, layout: HiNMLayout | None, time_budget: float | None) -> Choice:
             within = state.masks.get(layer.name)
-            # Its own seed, not the next numbers of a common stream: the same on one rank and on many.
-            seed = zlib.crc32(f"{self.seed} {zlib.crc32(layer.name.encode())} {update}".encode())
             return self.choose_mask(
                 layer,
                 saliency_of(state, layer, self.saliency),
                 due[layer.name],
-                layout=state.layouts.get(layer.name),
+                layout=layout,
                 within=None if within is None else to_matrix(within, layer.kind),
-                generator=torch.Generator().manual_seed(seed),
+                generator=generator_of(self.seed, layer.name, update),
                 time_budget=time_budget,
             )
 
         settle_saliency_(state, layers, self.saliency, trainer)
-        found = search_layers(layers, choose, state, self.saliency, trainer, self.time_budget)
+        share = partial(share_order, method=self.method, seed=self.seed, update=update)
+        found = search_layers(list(filter(None, sets)), share, choose, state, self.saliency, trainer, self.time_budget)
         state.update, state.sums, state.steps = update, {}, {}
         for layer in layers:
             record_(state, layer, due[layer.name], found[layer.name])

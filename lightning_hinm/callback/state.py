@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_hinm.format import layer_state, read_layer_state
@@ -103,12 +105,47 @@ def report_of(state: PruningState, layer: PrunableLayer) -> LayerReport:
     return replace(report, sparsity=1 - mask.sum().item() / mask.numel(), retained=retained)
 
 
-def describe_adopted(state: PruningState, name: str) -> str:
+def fix_totals_(state: PruningState, trainer: Trainer) -> None:
+    """Fixes the length of the training at its first start: a longer resume must not move what is due.
+
+    Raises:
+        ValueError: if the length is not known.
+    """
+    if state.total_batches is not None or state.max_steps is not None:
+        return
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs not in (None, -1) and batches != float("inf"):
+        state.total_batches = int(epochs * batches)
+    if trainer.max_steps != -1:
+        state.max_steps = trainer.max_steps
+    if state.total_batches is None and state.max_steps is None:
+        raise ValueError(
+            f"HiNMPruning: got max_epochs={epochs}, max_steps={trainer.max_steps} and {batches} batches an epoch, "
+            "but a schedule in fractions of the training needs its length. Set `Trainer(max_steps=...)`."
+        )
+
+
+def progress_of(state: PruningState, trainer: Trainer, this_batch: int = 0) -> Fraction:
+    """The part of the training that is done, exactly."""
+    progress = Fraction(0)
+    # Batches, not steps: GradScaler skips steps, and two manual optimizers make two of them a batch.
+    if state.total_batches:
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.completed + this_batch
+        progress = Fraction(done, state.total_batches)
+    if state.max_steps:
+        progress = max(progress, Fraction(trainer.global_step, state.max_steps))
+    return progress
+
+
+def describe_adopted(state: PruningState, name: str, sets: Sequence[Sequence[PrunableLayer]]) -> str:
     """What is known, and what is not, of a layer that was pruned before."""
     layout = "with its layout"
     if name not in state.layouts:
         layout = "without a layout: weights do not hold it, `load_layouts` reads it from a whole checkpoint"
-    return f"{name} is pruned already (sparsity {1 - state.masks[name].float().mean():.4f}) and stays so, {layout}"
+    sparsity = 1 - state.masks[name].float().mean()
+    others = next(together for together in sets if any(layer.name == name for layer in together))
+    order = "" if len(others) == 1 else "; its rows keep their own order, whatever it was to share one with"
+    return f"{name} is pruned already (sparsity {sparsity:.4f}) and stays so, {layout}{order}"
 
 
 def dump_state(state: PruningState, schedule: GradualSchedule) -> dict[str, Any]:
@@ -202,13 +239,13 @@ def read_state(stored: Mapping[str, Any], schedule: GradualSchedule) -> PruningS
     return state
 
 
-def check_belongs(state: PruningState, layers: Sequence[PrunableLayer]) -> None:
-    """Refuses the state of another model or another pattern.
+def check_belongs(state: PruningState, sets: Sequence[Sequence[PrunableLayer]]) -> None:
+    """Refuses the state of another model or another pattern, or of other layers that share their orders.
 
     Raises:
         ValueError: naming every layer that differs.
     """
-    targets = targets_of(layers)
+    targets = targets_of([layer for together in sets for layer in together])
     wrong = [f"{name}: only in the checkpoint" for name in state.targets if name not in targets]
     wrong += [f"{name}: only in the model" for name in targets if name not in state.targets]
     for name, target in targets.items():
@@ -222,6 +259,10 @@ def check_belongs(state: PruningState, layers: Sequence[PrunableLayer]) -> None:
                 f"{name}: the checkpoint has a {stored.kind} weight {list(stored.shape)} with groups={stored.groups}, "
                 f"the model a {target.kind} weight {list(target.shape)} with groups={target.groups}"
             )
+    for names in ([layer.name for layer in together if layer.name not in state.adopted] for together in sets):
+        orders = [state.layouts[name].output_order for name in names if name in state.layouts]
+        if not all(torch.equal(order, orders[0]) for order in orders):
+            wrong.append(f"{', '.join(names)}: the callback lets them share one order, but the checkpoint has several")
     if wrong:
         raise ValueError(
             "The state of HiNMPruning in the checkpoint belongs to another model or pattern, but a training resumes "

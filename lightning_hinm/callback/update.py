@@ -1,6 +1,7 @@
 """One update: the saliency that was gathered, the search shared out over the ranks, and what it chose."""
 
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hinm.callback.state import PruningState
+from lightning_hinm.gyro import SearchResult, search_shared
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import check_saliency
 from lightning_hinm.pattern import HiNMPattern, to_matrix
@@ -107,9 +109,36 @@ def settle_saliency_(
         )
 
 
-def search_layers(
+def generator_of(seed: int, name: str, update: int) -> torch.Generator:
+    """The randomness of one layer in one update; not the next numbers of a stream: the same on one rank and on many."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {zlib.crc32(name.encode())} {update}".encode()))
+
+
+def share_order(
     layers: Sequence[PrunableLayer],
-    choose: Callable[[PrunableLayer, float | None], Choice],
+    scores: Sequence[Tensor],
+    time_budget: float | None,
+    *,
+    method: str,
+    seed: int,
+    update: int,
+) -> list[SearchResult]:
+    """One ``output_order`` for several layers, searched for their targets."""
+    names = [layer.name for layer in layers]
+    return search_shared(
+        scores,
+        [layer.pattern for layer in layers],
+        method=method,
+        generator=generator_of(seed, names[0], update),
+        time_budget=time_budget,
+        progress=lambda so_far: rank_zero_info(f"HiNMPruning: {', '.join(names)}: {so_far}"),
+    )
+
+
+def search_layers(
+    sets: Sequence[Sequence[PrunableLayer]],
+    share: Callable[[Sequence[PrunableLayer], Sequence[Tensor], float | None], Sequence[SearchResult]],
+    choose: Callable[[PrunableLayer, HiNMLayout | None, float | None], Choice],
     state: PruningState,
     saliency: str | Mapping[str, Tensor],
     trainer: Trainer,
@@ -118,38 +147,50 @@ def search_layers(
     """The choices for all layers by name, the work shared out over the ranks, the result the same on each.
 
     Args:
-        layers: whose masks change.
-        choose: decides for one layer, in a number of seconds.
+        sets: layers whose masks change, those that are to share their order in one list.
+        share: finds that order for the layers of one list and their saliencies, in a number of seconds.
+        choose: decides for one layer, given a layout to go on from, in a number of seconds.
         state: with the masks before.
         saliency: name, or a tensor for each layer.
         trainer: of the ranks.
         time_budget: seconds for all layers together, shared out by their sizes; None for no limit.
     """
-    owners = share_out({layer.name: layer.weight.numel() for layer in layers}, trainer.world_size)
-    own = [layer for layer in layers if owners[layer.name] == trainer.global_rank]
+    sizes = {together[0].name: sum(layer.weight.numel() for layer in together) for together in sets}
+    owners = share_out(sizes, trainer.world_size)
+    own = [together for together in sets if owners[together[0].name] == trainer.global_rank]
+    count, left = sum(map(len, own)), sum(sizes[together[0].name] for together in own)
     found: dict[str, Found] = {}
     begin = told = time.monotonic()
-    left = sum(layer.weight.numel() for layer in own)
-    for layer in own:
-        start, size = time.monotonic(), layer.weight.numel()
+    for together in own:
+        start, size = time.monotonic(), sizes[together[0].name]
         budget = None
         if time_budget is not None:
             budget = max(time_budget - (start - begin), 0.0) * size / left
         left -= size
-        choice = choose(layer, budget)
-        scores, before = saliency_of(state, layer, saliency), state.masks.get(layer.name)
-        if before is not None:
-            scores = torch.where(to_matrix(before, layer.kind), scores, 0)
-        kept = torch.where(choice.mask, scores, 0).sum(dtype=torch.float64).item()
-        total = scores.sum(dtype=torch.float64).item()
-        choice = replace(choice, mask=choice.mask.cpu())
-        found[layer.name] = Found(choice, kept, total, time.monotonic() - start)
+        layouts, ended = state.layouts, False
+        if len(together) > 1:
+            shared = share(together, [saliency_of(state, layer, saliency) for layer in together], budget)
+            layouts = {layer.name: result.layout for layer, result in zip(together, shared, strict=True)}
+            ended = shared[0].ended_by_budget
+            if budget is not None:
+                budget = max(budget - (time.monotonic() - start), 0.0)
+        choices = [choose(layer, layouts.get(layer.name), budget) for layer in together]
+        seconds = (time.monotonic() - start) / size
+        for layer, choice in zip(together, choices, strict=True):
+            scores, before = saliency_of(state, layer, saliency), state.masks.get(layer.name)
+            if before is not None:
+                scores = torch.where(to_matrix(before, layer.kind), scores, 0)
+            kept = torch.where(choice.mask, scores, 0).sum(dtype=torch.float64).item()
+            total = scores.sum(dtype=torch.float64).item()
+            choice = replace(choice, mask=choice.mask.cpu(), ended_by_budget=choice.ended_by_budget or ended)
+            found[layer.name] = Found(choice, kept, total, seconds * layer.weight.numel())
         if time.monotonic() - told > SECONDS_BETWEEN_LINES:
             told = time.monotonic()
-            rank_zero_info(f"HiNMPruning: searched {len(found)} of {len(own)} layers in {told - begin:.0f} s")
+            rank_zero_info(f"HiNMPruning: searched {len(found)} of {count} layers in {told - begin:.0f} s")
     if trainer.world_size > 1:
+        sources = {layer.name: owners[together[0].name] for together in sets for layer in together}
         broadcast = trainer.strategy.broadcast
-        found = {layer.name: broadcast(found.get(layer.name), src=owners[layer.name]) for layer in layers}  # type: ignore[misc]
+        found = {name: broadcast(found.get(name), src=source) for name, source in sources.items()}  # type: ignore[misc]
     return found
 
 

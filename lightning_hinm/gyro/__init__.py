@@ -1,11 +1,13 @@
 """The permutation search: the order of rows and vectors in which the pattern keeps the most saliency.
 
-``"gyro"`` is the loop of arXiv 2407.20496, ``"exchange"`` is ours.
+``"gyro"`` is the loop of arXiv 2407.20496, ``"exchange"`` is ours. Both search one matrix, or several that share one
+order of rows.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -31,8 +33,9 @@ class SearchResult:
     Args:
         layout: on the CPU.
         retained: of the saliency.
-        gap_closed: how far ``retained`` came from ``"identity"``, 0, to an unstructured mask that keeps as many, 1.
-        seconds: that it took; few where the layout was kept on disk.
+        gap_closed: how far ``retained`` came from ``"identity"``, 0, to an unstructured mask that keeps as many, 1. It
+            is below 0 where a layer gives more to those that it shares its ``output_order`` with than it gets.
+        seconds: that it took; few where the layout was kept on disk. Of a search for several layers, a share by size.
         ended_by_budget: whether the time budget cut it short, be it by fewer rounds.
     """
 
@@ -45,7 +48,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """Of a search that takes long: as in ``SearchResult``, so far; ``str()`` is for a log."""
+    """Of a search that takes long: as in ``SearchResult``, so far, the mean of several; ``str()`` is for a log."""
 
     seconds: float
     retained: float
@@ -117,37 +120,114 @@ def search(
     Raises:
         ValueError: as in ``gyro_permute``.
     """
+    return _search([saliency], [pattern], groups, method, generator, time_budget, output_order, within, progress)[0]
+
+
+def search_shared(
+    saliencies: Sequence[Tensor],
+    patterns: Sequence[HiNMPattern],
+    *,
+    groups: int = 1,
+    method: str = "exchange",
+    generator: torch.Generator | None = None,
+    time_budget: float | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[SearchResult]:
+    """``search`` for layers that share one ``output_order``: a result for each, with the same order.
+
+    What it maximises, and what is never less than identity's, is the sum of what they retain, each a fraction of its
+    own total: no layer outweighs another, and a layer of zeros counts nothing. A single layer is searched as ever.
+
+    Args:
+        saliencies: non-negative, ``[O, I]`` each, with one O.
+        patterns: of each, with one ``vector_size``.
+        groups: as in ``search``.
+        method: as in ``gyro_permute``.
+        generator: as in ``gyro_permute``.
+        time_budget: seconds for all together.
+        progress: as in ``search``.
+
+    Raises:
+        ValueError: as in ``gyro_permute``, or if one order cannot serve all.
+    """
+    rows = sorted({len(saliency) for saliency in saliencies})
+    sizes = sorted({pattern.vector_size for pattern in patterns})
+    if len(rows) != 1 or len(sizes) != 1:
+        raise ValueError(
+            f"search_shared: got layers of {rows} rows in tiles of vector_size={sizes}, but one output_order serves "
+            "only layers with as many rows and tiles of one size."
+        )
+    return _search(saliencies, patterns, groups, method, generator, time_budget, None, None, progress)
+
+
+def _search(
+    saliencies: Sequence[Tensor],
+    patterns: Sequence[HiNMPattern],
+    groups: int,
+    method: str,
+    generator: torch.Generator | None,
+    time_budget: float | None,
+    output_order: Tensor | None,
+    within: Tensor | None,
+    progress: Callable[[Progress], None] | None,
+) -> list[SearchResult]:
+    """One question, asked of the disk first."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}: the permutation search knows {', '.join(map(repr, METHODS))}.")
     if time_budget is not None and not time_budget >= 0:
         raise ValueError(f"time_budget={time_budget}: a budget is at least 0 seconds, or None for no limit.")
-    check_saliency(saliency)
-    saliency, clock = saliency.detach(), Clock(time_budget)
+    for saliency in saliencies:
+        check_saliency(saliency)
+    saliencies = [saliency.detach().to(saliencies[0].device) for saliency in saliencies]
+    clock = Clock(time_budget)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     key = None
     if method != "identity" and not clock.expired():
-        tensors = {"saliency": saliency, "generator": generator.get_state(), "order": output_order, "within": within}
-        key = cache.key_of(pattern, method, groups, tensors)
-        entry = None if key is None else cache.read(key, pattern, saliency.shape, groups)
-        if key is not None and entry is not None:
-            value = retained(saliency, hinm_mask(saliency, entry.layout))
-            if math.isclose(value, entry.retained, rel_tol=1e-9):
-                generator.set_state(entry.generator)
-                layout = replace(entry.layout, retained=value)
-                return SearchResult(layout, value, entry.gap_closed, clock.seconds, ended_by_budget=False)
-            cache.forget(key)
-    layout = _search_groups(saliency, pattern, groups, method, generator, clock, output_order, within, progress)
-    value = retained(saliency, hinm_mask(saliency, layout))
-    layout = replace(layout, retained=value)
-    gap = _Gap(saliency, pattern).closed(value)
-    if key is not None and not clock.ended:
-        cache.write(key, cache.Entry(layout, value, gap, generator.get_state()))
-    return SearchResult(layout, value, gap, clock.seconds, clock.ended)
+        tensors = {"generator": generator.get_state(), "order": output_order, "within": within}
+        tensors |= {f"saliency {i}": saliency for i, saliency in enumerate(saliencies)}
+        key = cache.key_of(patterns, method, groups, tensors)
+    entries = [] if key is None else _read_entries(key, saliencies, patterns, groups)
+    if entries:
+        generator.set_state(entries[0].generator)
+    else:
+        order, indices = _search_groups(
+            saliencies, patterns, groups, method, generator, clock, output_order, within, progress
+        )
+        for saliency, pattern, index in zip(saliencies, patterns, indices, strict=True):
+            layout = HiNMLayout(pattern, order, index)
+            value = retained(saliency, hinm_mask(saliency, layout))
+            gap = _Gap(saliency, pattern).closed(value)
+            entries.append(cache.Entry(replace(layout, retained=value), value, gap, generator.get_state()))
+        for i, entry in enumerate(entries if key is not None and not clock.ended else ()):
+            cache.write(f"{key}-{i}", entry)
+    seconds, weights = clock.seconds, sum(saliency.numel() for saliency in saliencies)
+    return [
+        SearchResult(entry.layout, entry.retained, entry.gap_closed, seconds * saliency.numel() / weights, clock.ended)
+        for saliency, entry in zip(saliencies, entries, strict=True)
+    ]
+
+
+def _read_entries(
+    key: str, saliencies: Sequence[Tensor], patterns: Sequence[HiNMPattern], groups: int
+) -> list[cache.Entry]:
+    """The whole answer from disk, or nothing: an entry for each matrix, with one order, that retains what it says."""
+    entries: list[cache.Entry] = []
+    for i, (saliency, pattern) in enumerate(zip(saliencies, patterns, strict=True)):
+        entry = cache.read(f"{key}-{i}", pattern, saliency.shape, groups)
+        if entry is None:
+            return []
+        value, order = retained(saliency, hinm_mask(saliency, entry.layout)), entry.layout.output_order
+        same = not entries or torch.equal(order, entries[0].layout.output_order)
+        if not same or not math.isclose(value, entry.retained, rel_tol=1e-9):
+            cache.forget(f"{key}-{i}")
+            return []
+        entries.append(replace(entry, layout=replace(entry.layout, retained=value), retained=value))
+    return entries
 
 
 def _search_groups(
-    saliency: Tensor,
-    pattern: HiNMPattern,
+    saliencies: Sequence[Tensor],
+    patterns: Sequence[HiNMPattern],
     groups: int,
     method: str,
     generator: torch.Generator,
@@ -155,9 +235,9 @@ def _search_groups(
     output_order: Tensor | None,
     within: Tensor | None,
     progress: Callable[[Progress], None] | None,
-) -> HiNMLayout:
-    """Each group of a convolution by itself."""
-    rows = saliency.shape[0] // groups
+) -> tuple[Tensor, list[Tensor]]:
+    """Each group of a convolution by itself: the order, and the index of each matrix, on the CPU."""
+    rows = len(saliencies[0]) // groups
     orders, indices = [], []
 
     def tell(of_group: Progress) -> None:
@@ -167,57 +247,89 @@ def _search_groups(
     for group in range(groups):
         part = slice(group * rows, (group + 1) * rows)
         fixed = None if output_order is None else output_order[part] - group * rows
-        # what is left, shared by the groups to come
-        left = None if clock.budget is None else max(clock.budget - clock.seconds, 0.0) / (groups - group)
-        own = Clock(left)
+        own = clock.share(groups - group)  # of what is left
         inside = None if within is None else within[part]
-        order, index = _search_matrix(saliency[part], pattern, method, generator, own, fixed, inside, progress and tell)
+        parts = [saliency[part] for saliency in saliencies]
+        order, index = _search_rows(parts, patterns, method, generator, own, fixed, inside, progress and tell)
         clock.ended |= own.ended
         orders.append(order + group * rows)
         indices.append(index)
-    return HiNMLayout(pattern, torch.cat(orders).cpu(), torch.cat(indices).cpu())
+    return torch.cat(orders).cpu(), [torch.cat(index).cpu() for index in zip(*indices, strict=True)]
 
 
-def _search_matrix(
-    saliency: Tensor,
-    pattern: HiNMPattern,
+def _search_rows(
+    saliencies: Sequence[Tensor],
+    patterns: Sequence[HiNMPattern],
     method: str,
     generator: torch.Generator,
     clock: Clock,
     output_order: Tensor | None,
     within: Tensor | None,
     progress: Callable[[Progress], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """``(output_order, vector_index)`` of one matrix: the best of identity and what the method finds."""
-    low, peak = saliency.aminmax()
+) -> tuple[Tensor, list[Tensor]]:
+    """``(output_order, vector_index of each)`` of matrices with the same rows: the best of identity and the method."""
+    pairs = list(zip(saliencies, patterns, strict=True))
+    fixed = None if output_order is None else output_order.to(saliencies[0].device)
+    first = torch.arange(len(saliencies[0]), device=saliencies[0].device) if fixed is None else fixed
+    chosen = [choose_vectors(saliency, pattern, first, within=within) for saliency, pattern in pairs]
+    candidates = [(first, chosen)]
+    varied = any(bool(low < peak) for low, peak in (saliency.aminmax() for saliency in saliencies))
+    if method != "identity" and varied and not clock.expired():
+        report = None if progress is None else _reporter(pairs, clock, progress)
+        problems = [
+            Problem(_scaled(saliency, len(pairs)), pattern, generator, clock, fixed, within, report)
+            for saliency, pattern in pairs
+        ]
+        if method == "gyro" or (sum(saliency.numel() for saliency in saliencies) <= SMALL and fixed is None):
+            candidates.append(gyro_paper(problems, first, chosen))
+        if method == "exchange" and not clock.expired():
+            rest = clock.share(1)  # a clock of its own: it shares out the time that is left
+            timed = [replace(problem, clock=rest) for problem in problems]
+            candidates.append(gyro_exchange(timed, first, chosen))
+            clock.ended |= rest.ended
+    layouts = [
+        [
+            HiNMLayout(pattern, order, _ascending_groups(index, pattern))
+            for pattern, index in zip(patterns, indices, strict=True)
+        ]
+        for order, indices in candidates
+    ]
+    values = [sum(_retained_by(pairs, of_all)) for of_all in layouts]
+    best = layouts[values.index(max(values))]
+    return best[0].output_order, [layout.vector_index for layout in best]
+
+
+def _scaled(saliency: Tensor, count: int) -> Tensor:
+    """float32 with a largest value of 1; with a total of 1 if it is one of several, whose sum shall count."""
+    peak = saliency.max()
     # A narrow type is widened before it is divided, a wide one after: both keep their small values.
     wide = saliency if saliency.dtype == torch.float64 else saliency.float()
     scaled = (wide / peak if peak > 0 else wide).float()
-    fixed = None if output_order is None else output_order.to(saliency.device)
-    first = torch.arange(saliency.shape[0], device=saliency.device) if fixed is None else fixed
-    candidates = [(first, choose_vectors(saliency, pattern, first, within=within))]
-    if method != "identity" and low < peak and not clock.expired():
-        report = None
-        if progress is not None:
-            gaps: list[_Gap] = []  # one, made for the first report
+    return scaled if count == 1 or not peak > 0 else scaled / scaled.sum(dtype=torch.float64)
 
-            def report(order: Tensor, index: Tensor) -> None:
-                if not gaps:
-                    gaps.append(_Gap(saliency, pattern))
-                value = retained(saliency, hinm_mask(saliency, HiNMLayout(pattern, order, index)))
-                progress(Progress(clock.seconds, value, gaps[0].closed(value)))
 
-        problem = Problem(scaled, pattern, generator, clock, fixed, within, report)
-        if method == "gyro" or (saliency.numel() <= SMALL and fixed is None):
-            candidates.append(gyro_paper(problem, *candidates[0]))
-        if method == "exchange" and not clock.expired():
-            # A clock of its own: it shares out the time that is left.
-            rest = Clock(None if clock.budget is None else clock.budget - clock.seconds)
-            candidates.append(gyro_exchange(replace(problem, clock=rest), *candidates[0]))
-            clock.ended |= rest.ended
-    layouts = [(order, _ascending_groups(index, pattern)) for order, index in candidates]
-    values = [retained(saliency, hinm_mask(saliency, HiNMLayout(pattern, *layout))) for layout in layouts]
-    return layouts[values.index(max(values))]
+def _reporter(
+    pairs: Sequence[tuple[Tensor, HiNMPattern]], clock: Clock, progress: Callable[[Progress], None]
+) -> Callable[[Tensor, Tensor], None]:
+    """Tells ``progress`` what a layout retains; of several matrices, what they would with the largest sums."""
+    gaps: list[_Gap] = []  # one each, made for the first report
+
+    def report(order: Tensor, index: Tensor) -> None:
+        if not gaps:
+            gaps.extend(_Gap(saliency, pattern) for saliency, pattern in pairs)
+        indices = [choose_vectors(*pair, order) for pair in pairs] if len(pairs) > 1 else [index]
+        layouts = [HiNMLayout(pair[1], order, index) for pair, index in zip(pairs, indices, strict=True)]
+        values = _retained_by(pairs, layouts)
+        closed = [gap.closed(value) for gap, value in zip(gaps, values, strict=True)]
+        progress(Progress(clock.seconds, fmean(values), fmean(closed)))
+
+    return report
+
+
+def _retained_by(pairs: Sequence[tuple[Tensor, HiNMPattern]], layouts: Sequence[HiNMLayout]) -> list[float]:
+    return [
+        retained(saliency, hinm_mask(saliency, layout)) for (saliency, _), layout in zip(pairs, layouts, strict=True)
+    ]
 
 
 class _Gap:

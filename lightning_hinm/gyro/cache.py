@@ -1,8 +1,9 @@
 """Layouts that were searched before, on the user's disk: the same question is not searched twice.
 
 An entry is one safetensors file, named by the sha256 of all that the answer depends on: the saliency, the pattern, the
-method, the state of the generator, what was fixed, the version of torch and the code of the search. Only the user may
-read it; it is written atomically, and checked when it is read: one that is damaged is thrown away.
+method, the state of the generator, what was fixed, the version of torch and the code of the search. Matrices that share
+an order of rows are one question with an entry each. Only the user may read it; it is written atomically, and checked
+when it is read: one that is damaged is thrown away.
 
 The environment variable ``LIGHTNING_HINM_LAYOUTS`` names another folder, or is ``off``.
 """
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,19 +55,20 @@ def folder() -> Path | None:
     return base / "lightning-hinm" / "layouts"
 
 
-def key_of(pattern: HiNMPattern, method: str, groups: int, tensors: dict[str, Tensor | None]) -> str | None:
-    """The name of the entry for this question, or None without a cache.
+def key_of(patterns: Sequence[HiNMPattern], method: str, groups: int, tensors: dict[str, Tensor | None]) -> str | None:
+    """The name of the entries for this question, to which each adds its matrix's number; or None without a cache.
 
     Args:
-        pattern: that is searched for.
+        patterns: that are searched for, one for each matrix.
         method: of the search.
         groups: of a convolution.
         tensors: what else the answer depends on, by name.
     """
     if folder() is None:
         return None
-    facts = {"code": _code(), "torch": torch.__version__, "pattern": pattern.to_dict(), "method": method}
-    digest = hashlib.sha256(json.dumps(facts | {"groups": groups}, sort_keys=True).encode())
+    facts = {"code": _code(), "torch": torch.__version__, "method": method, "groups": groups}
+    wanted = [pattern.to_dict() for pattern in patterns]
+    digest = hashlib.sha256(json.dumps(facts | {"patterns": wanted}, sort_keys=True).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
         if tensor is not None:

@@ -3,6 +3,10 @@
 Shapes: as in ``problem``.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -28,28 +32,44 @@ TURNS, DRAWS, LEAST = 2, 4, 5e-5
 SHARE = 0.5
 
 
-def gyro_exchange(problem: Problem, order: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to tiles first, then vectors to groups, then both in turn, and vectors last."""
-    if problem.output_order is None and index.shape[0] > 1:
-        if problem.pattern.vector_sparsity > 0:  # else all tiles keep the same columns, and no row prefers one
-            order = _anneal_rows(problem, problem.shuffled(order.numel()))
-            index = choose_vectors(problem.saliency, problem.pattern, order)
+def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Rows to tiles first, then vectors to groups, then both in turn, and vectors last: one order, an index of each."""
+    first = problems[0]
+    if first.output_order is None and indices[0].shape[0] > 1:
+        # Where all vectors are kept, all tiles keep the same columns, and no row prefers one.
+        if any(problem.pattern.vector_sparsity > 0 for problem in problems):
+            order = _anneal_rows(problems, first.shuffled(order.numel()))
+            indices = [choose_vectors(problem.saliency, problem.pattern, order) for problem in problems]
         for _ in range(TURNS):
-            index = assign_vectors(problem, order, index, pruned=True, draws=DRAWS)
-            if problem.clock.expired():
+            indices = _assign_all(problems, order, indices, draws=DRAWS)
+            if first.clock.expired():
                 break
-            order = _move_rows(problem, order, index)
-    return order, assign_vectors(problem, order, index, pruned=True, least=LEAST)
+            order = _move_rows(problems, order, indices)
+    return order, _assign_all(problems, order, indices, least=LEAST)
 
 
-def _anneal_rows(problem: Problem, order: Tensor) -> Tensor:
+def _assign_all(
+    problems: Sequence[Problem], order: Tensor, indices: list[Tensor], *, draws: int | None = None, least: float = 1e-6
+) -> list[Tensor]:
+    """``assign_vectors`` for each problem, each with its share of the time that is left."""
+    assigned = []
+    for i, (problem, index) in enumerate(zip(problems, indices, strict=True)):
+        own = replace(problem, clock=problem.clock.share(len(problems) - i))
+        assigned.append(assign_vectors(own, order, index, pruned=True, draws=draws, least=least))
+        problem.clock.ended |= own.clock.ended
+    return assigned
+
+
+def _anneal_rows(problems: Sequence[Problem], order: Tensor) -> Tensor:
     """Each tile keeps its best columns, each row goes where these suit it best, with ever less noise.
 
     Groups do not exist yet, so the sums are those of a stand-in for what survives n:m.
     """
-    saliency, v = _likely(problem.saliency, problem.pattern), problem.pattern.vector_size
+    problem, v = problems[0], problems[0].pattern.vector_size  # the first has the randomness and the clock of all
+    saliencies = [_likely(problem.saliency, problem.pattern) for problem in problems]
     rows, tiles = order.numel(), -(-order.numel() // v)
-    rounds = max(min(ROUNDS, WORK // (saliency.numel() * min(tiles, TILES))), FEWEST)
+    weights = sum(saliency.numel() for saliency in saliencies)
+    rounds = max(min(ROUNDS, WORK // (weights * min(tiles, TILES))), FEWEST)
     prices = torch.zeros(tiles, device=order.device)
     for i in range(rounds):
         if problem.clock.expired():
@@ -60,12 +80,16 @@ def _anneal_rows(problem: Problem, order: Tensor) -> Tensor:
         if done > 1:
             break
         noise = HOT * (COLD / HOT) ** (done / NOISY) if done < NOISY else 0.0
-        kept = _kept(tile_rows(saliency, order, v).sum(dim=1), problem.pattern)  # [T, I]
+        kept = [
+            _kept(tile_rows(saliency, order, v).sum(dim=1), one.pattern)  # [T, I]
+            for saliency, one in zip(saliencies, problems, strict=True)
+        ]
         moved = order.clone()
         for block in problem.shuffled(tiles).split(TILES):
             at = (block.unsqueeze(1) * v + torch.arange(v, device=order.device)).flatten()  # positions in the order
             at = at[at < rows]  # the last tile may be short
-            values = saliency[order[at]] @ kept[block].t()  # [rows, tiles of the block]
+            worth = (saliency[order[at]] @ kept_[block].t() for saliency, kept_ in zip(saliencies, kept, strict=True))
+            values = reduce(torch.add, worth)  # [rows, tiles of the block]
             values -= values.mean(dim=1, keepdim=True)  # what a row is worth everywhere decides nothing
             spread = values.double().std(correction=0).to(values.dtype)
             values += noise * spread * problem.noise(*values.shape)
@@ -140,16 +164,17 @@ def _balance(values: Tensor, size: Tensor, prices: Tensor, block: Tensor, rate: 
     return tile
 
 
-def _move_rows(problem: Problem, order: Tensor, index: Tensor) -> Tensor:
+def _move_rows(problems: Sequence[Problem], order: Tensor, indices: Sequence[Tensor]) -> Tensor:
     """Rows to tiles by exact transport, given what each tile keeps, inside random blocks of tiles."""
-    v, moved = problem.pattern.vector_size, order.clone()
+    v, moved = problems[0].pattern.vector_size, order.clone()
     places, values = [], []
-    for block in problem.shuffled(index.shape[0]).split(max(ROWS // v, 2)):
+    for block in problems[0].shuffled(indices[0].shape[0]).split(max(ROWS // v, 2)):
         at = (block.unsqueeze(1) * v + torch.arange(v, device=order.device)).flatten()
         owner = torch.arange(block.numel(), device=order.device).repeat_interleave(v)[at < order.numel()]
         at = at[at < order.numel()]
         places.append(at)
-        values.append(row_values(problem, order[at], index[block])[:, owner])
+        worth = (row_values(one, order[at], index[block]) for one, index in zip(problems, indices, strict=True))
+        values.append(reduce(torch.add, worth)[:, owner])
     for at, choice in zip(places, assign(values), strict=True):
         # The rows were numbered as their places are: row i goes to place choice[i].
         moved[at[choice]] = order[at]

@@ -49,6 +49,10 @@ class Clock:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
+    def share(self, parts: int) -> "Clock":
+        """A new clock for the first of so many parts that are still to come: an equal share of the time left."""
+        return Clock(None if self.budget is None else max(self.budget - self.seconds, 0.0) / parts)
+
     @property
     def used(self) -> float:
         """The fraction of the budget that is used up; 0 without one."""
@@ -57,7 +61,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Problem:
-    """What both methods work on: a scaled float32 saliency and what may change."""
+    """What both methods work on: a scaled float32 saliency and what may change.
+
+    Matrices that share one order of rows are a problem each, with one generator and one clock; their saliencies are
+    scaled so that the sum over them is what to maximise.
+    """
 
     saliency: Tensor
     pattern: HiNMPattern

@@ -89,16 +89,21 @@ def test_every_rank_searches_its_share_and_is_told_the_rest() -> None:
     layers, _ = find_layers(Tiny(), PATTERN)
     state, sent = fresh_state(layers), {}
 
-    def choose(layer: PrunableLayer, time_budget: float | None) -> Choice:
+    def choose(layer: PrunableLayer, layout: HiNMLayout | None, time_budget: float | None) -> Choice:
         return Choice(layer.matrix > 0)
+
+    def share(*arguments: Any) -> Any:
+        raise AssertionError("nothing is shared")
+
+    sets = [[layer] for layer in layers]
 
     for rank in (0, 1):  # what each rank sends
         strategy = SimpleNamespace(broadcast=lambda found, src: sent.update({src: found}) if found else None)
-        search_layers(layers, choose, state, "magnitude", ranks_of(strategy, rank), None)
+        search_layers(sets, share, choose, state, "magnitude", ranks_of(strategy, rank), None)
     assert sent.keys() == {0, 1}
     strategy = SimpleNamespace(broadcast=lambda found, src: sent[src])
     for rank in (0, 1):  # what each rank gets
-        found = search_layers(layers, choose, state, "magnitude", ranks_of(strategy, rank), None)
+        found = search_layers(sets, share, choose, state, "magnitude", ranks_of(strategy, rank), None)
         assert found == {"net.0": sent[0], "net.2": sent[1]}
 
 
