@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from lightning_hinm.backend import repack
+from lightning_hinm.explain import explain
 from lightning_hinm.format import HiNMWeight, load_layouts, pack, unpack
 from lightning_hinm.gyro import gyro_permute
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import hinm_mask, retained
 from lightning_hinm.modules import to_hinm
 from lightning_hinm.pattern import HiNMPattern
-from lightning_hinm.plan import explain
 from lightning_hinm.prune import prune
 from lightning_hinm.schedule import GradualSchedule
 from lightning_hinm.store import load_hinm, save_hinm

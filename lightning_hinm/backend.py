@@ -3,7 +3,7 @@
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +105,7 @@ def hinm_backend(
     if plan == "dense":
         return inner(gm, example_inputs)
     calls = find_layer_calls(gm) + find_fused_calls(gm)
-    layers = _find_layers(gm, example_inputs)
+    layers = find_layers(gm, example_inputs)
     layouts = {node: layout for node, layer in layers.items() if (layout := layout_of(layer.module)) is not None}
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         idle = [layers[node].name for node in layouts if not layers[node].module.training]
@@ -115,17 +115,13 @@ def hinm_backend(
                 f"({_few(idle)}). For inference, call the model under torch.inference_mode()."
             )
         return inner(gm, example_inputs)
-    _guard_layouts(layers.values())
+    guard_layouts(layers.values())
     if not layouts:
         _warn_without_layout(gm, calls)
         return inner(gm, example_inputs)
     reached = {call.weight for call in calls}
     _warn_out_of_reach({layers[node].name: node for node in layouts if node not in reached})
-    twins = _make_twins(layers, {node: layout for node, layout in layouts.items() if node in reached})
-    if plan == "auto":
-        twins = {node: twin for node, twin in twins.items() if _pays(node, twin, calls)}
-    packed = {node.name: twin.layer for node, twin in twins.items()}
-    sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
+    twins = sparsify_graph(gm, {node: layers[node] for node in layouts if node in reached}, plan, _twins)
     feature_major_islands_pass(fuse_activations_pass(absorb_orders_pass(gm)))
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     checks = [(positions[node], twin) for node, twin in twins.items()]
@@ -138,6 +134,35 @@ def hinm_backend(
         return compiled(*args)
 
     return run
+
+
+def sparsify_graph(
+    gm: fx.GraphModule,
+    layers: Mapping[fx.Node, TracedLayer],
+    plan: str,
+    twins: MutableMapping[HiNMLayout, PackedTwin],
+) -> dict[fx.Node, PackedTwin]:
+    """The calls of pruned layers become sparse ops; all of their orders are still restored.
+
+    Args:
+        gm: from Dynamo; rewritten in place.
+        layers: pruned layers, by the placeholder of their weight.
+        plan: ``"auto"`` leaves a layer dense where that is faster, ``"sparse"`` never.
+        twins: those that exist; new ones are added.
+
+    Returns:
+        The twins that the graph holds now.
+
+    Raises:
+        ValueError: for weights that are not zero outside their pattern; all offenders in one message.
+    """
+    made = _make_twins(layers, twins)
+    if plan == "auto":
+        calls = find_layer_calls(gm) + find_fused_calls(gm)
+        made = {node: twin for node, twin in made.items() if _pays(node, twin, calls)}
+    packed = {node.name: twin.layer for node, twin in made.items()}
+    sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
+    return made
 
 
 def repack(model: nn.Module) -> None:
@@ -171,25 +196,25 @@ def _read_options(options: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _make_twins(
-    layers: Mapping[fx.Node, TracedLayer], layouts: Mapping[fx.Node, HiNMLayout]
+    layers: Mapping[fx.Node, TracedLayer], twins: MutableMapping[HiNMLayout, PackedTwin]
 ) -> dict[fx.Node, PackedTwin]:
-    """The packed twin of each layer, shared with the graphs that were compiled before."""
-    twins, wrong = {}, []
-    for node, layout in layouts.items():
-        name, module, _ = layers[node]
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        twin = _twins.get(layout)
+    """The packed twin of each pruned layer, shared with the graphs that were compiled before."""
+    made, wrong = {}, []
+    for node, (name, module, _) in layers.items():
+        layout, weight = layout_of(module), module.weight
+        assert layout is not None and isinstance(weight, Tensor), "only pruned layers come here"  # noqa: S101, PT018
+        twin = twins.get(layout)
         try:
             if twin is None or not twin.fits(weight):
-                twin = _twins[layout] = PackedTwin(name, module, layout)
+                twin = twins[layout] = PackedTwin(name, module, layout)
             elif not twin.is_fresh(weight):
                 twin.repack(weight)
-            twins[node] = twin
+            made[node] = twin
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
         raise ValueError("Nothing was compiled:\n  " + "\n  ".join(wrong))
-    return twins
+    return made
 
 
 def _repack_all(stale: Sequence[tuple[PackedTwin, Tensor]]) -> None:
@@ -205,21 +230,19 @@ def _repack_all(stale: Sequence[tuple[PackedTwin, Tensor]]) -> None:
 
 def _pays(node: fx.Node, twin: PackedTwin, calls: Sequence[LayerCall]) -> bool:
     """Whether all calls of a layer together are faster sparse, on the shapes that Dynamo saw."""
-    decisions = []
+    workloads = []
     for call in calls:
         shape = shape_of(call.x) if call.weight is node else None
         if shape is not None:
             if call.kind == "linear":  # x of a fused call is the input of what it is fused into
                 shape = (*shape[:-1], twin.layer.shape[1])
-            decisions.append(decide(workload_of(twin.layer, shape)))
-    pays = sum(d.sparse_seconds for d in decisions) < sum(d.dense_seconds for d in decisions)
-    pays = pays and any(d.path == "sparse" for d in decisions)
-    reasons = "; ".join(d.reason for d in decisions)
-    log.info("hinm: %s runs %s: %s", twin.name, "sparse" if pays else "dense", reasons)
-    return pays
+            workloads.append(workload_of(twin.layer, shape))
+    decision = decide(*workloads)
+    log.info("hinm: %s runs %s: %s", twin.name, decision.path, decision.reason)
+    return decision.path == "sparse"
 
 
-def _find_layers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, TracedLayer]:
+def find_layers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, TracedLayer]:
     """The prunable layer of each placeholder that is such a layer's weight.
 
     A parameter does not know its module, and a copied module is not its original. Dynamo knows by which path it reached
@@ -244,7 +267,7 @@ def _find_layers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.N
     return layers
 
 
-def _guard_layouts(layers: Iterable[TracedLayer]) -> None:
+def guard_layouts(layers: Iterable[TracedLayer]) -> None:
     """Has Dynamo compile anew where a layout is another one, or there is one at last.
 
     Dynamo shares a graph between all modules of a class, whose layouts differ. As for any object that a graph is

@@ -1,12 +1,15 @@
-"""Which layers run sparse and which dense, and why: decided by timing both on random numbers of the layer's shapes."""
+"""Which layers run sparse and which dense, and why: decided by timing both on random numbers of the layer's shapes.
+
+Shapes: O rows, I columns.
+"""
 
 import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hinm import kernels
-from lightning_hinm.format import HiNMWeight, pack, random_weight
-from lightning_hinm.ops import cost, expand_all, expanded_bytes, hinm_conv2d, hinm_linear
+from lightning_hinm.format import HiNMWeight, random_weight
+from lightning_hinm.ops import cost, expand_all, hinm_conv2d, hinm_linear
 from lightning_hinm.ops.cost import Choice
 from lightning_hinm.ops.fragments import refusal
-from lightning_hinm.pattern import HiNMPattern, layer_kind, plain_name
-from lightning_hinm.prune import PrunableLayer, layout_of
+from lightning_hinm.pattern import HiNMPattern, layer_kind
+from lightning_hinm.prune import layout_of
 
 # What a layer is timed on when no input is known: one short batch of tokens, or one small image.
 TOKENS, PIXELS = 128, (14, 14)
@@ -58,21 +61,46 @@ class Workload:
 
 @dataclass(frozen=True)
 class Decision:
-    """``path`` is ``"sparse"`` or ``"dense"``; the times are of one call, in seconds, measured in isolation.
+    """``path`` is ``"sparse"`` or ``"dense"``; the times are seconds of all ``calls``, alone on random numbers.
 
-    On a GPU ``predicted`` has, by path, the kernel, the roof that should bind it, and the time that follows from it.
+    On a GPU ``predicted`` has, by path, for each call the kernel, the roof that should bind it, and the time that
+    follows from it.
     """
 
     path: str
-    reason: str
+    calls: str
     dense_seconds: float
     sparse_seconds: float
-    predicted: Mapping[str, Choice] = field(default_factory=dict)
+    predicted: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        """Both times, and for what."""
+        return f"sparse {_milliseconds(self.sparse_seconds)}, dense {_milliseconds(self.dense_seconds)} on {self.calls}"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer runs, and why; ``bytes`` is what it holds on that path, the cached expansion counted."""
+    """How one layer runs, and why.
+
+    Args:
+        name: of the layer in the model.
+        kind: as ``pattern.layer_kind`` tells.
+        shape: of its weight.
+        pattern: None without a layout.
+        path: ``"sparse"`` or ``"dense"``.
+        reason: why.
+        dense_bytes: of the dense weight; 0 where it is that of a layer above.
+        bytes: of what the layer reads on that path instead, the cached expansion counted. A dense model that is
+            compiled keeps its dense weights besides; ``to_hinm(inplace=True)`` frees them.
+        retained: kept / total of the saliency that it was pruned by, where that is known.
+        order: what a compiled model does with the order of its rows: ``"in order"``, ``"absorbed by ..."`` or
+            ``"restored for ..."``, once for each fate that a call of it meets; None where that is not known.
+        decision: sparse against dense, alone on random numbers; None where there was nothing to decide.
+        calls: in one forward on the inputs given; None without inputs.
+        measured_seconds: of all these calls inside the model as it stands.
+        converted: whether the model as it stands runs the layer packed.
+    """
 
     name: str
     kind: str
@@ -82,104 +110,145 @@ class LayerPlan:
     reason: str
     dense_bytes: int
     bytes: int
+    retained: float | None = None
+    order: str | None = None
     decision: Decision | None = None
+    calls: int | None = None
     measured_seconds: float | None = None
+    converted: bool = False
 
     @property
     def kernel(self) -> str | None:
         """The GPU kernel that runs it, and the roof that should bind it; None where none does."""
         if self.decision is None or self.path not in self.decision.predicted:
             return None
-        choice = self.decision.predicted[self.path]
-        return f"{choice.kernel} ({choice.roof})"
+        chosen = self.decision.predicted[self.path]
+        return ", ".join(dict.fromkeys(f"{choice.kernel} ({choice.roof})" for choice in chosen))
 
     @property
     def predicted_seconds(self) -> float | None:
-        """Time of one call on the chosen path: from the roofs of a GPU, or measured in isolation on random numbers."""
+        """Time of all its calls on the chosen path: from the roofs of a GPU, or measured alone on random numbers."""
         if self.decision is None:
             return None
         if self.path in self.decision.predicted:
-            return self.decision.predicted[self.path].seconds
+            return sum(choice.seconds for choice in self.decision.predicted[self.path])
         return self.decision.sparse_seconds if self.path == "sparse" else self.decision.dense_seconds
+
+    @property
+    def planned_seconds(self) -> float | None:
+        """What the layer will take in the model: the time measured there, if its path stays what it is."""
+        stays = self.converted or self.path == "dense" or self.predicted_seconds is None
+        return self.measured_seconds if stays else self.predicted_seconds
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The layer in the columns of ``ModelPlan``'s table."""
+        dense, sparse = (self.decision.dense_seconds, self.decision.sparse_seconds) if self.decision else (None, None)
+        times = (self.predicted_seconds, dense, sparse, self.measured_seconds)
+        return (
+            self.name or "(the model)",
+            self.kind,
+            "x".join(map(str, self.shape)),
+            self._pattern(),
+            "-" if self.retained is None else f"{self.retained:.4f}",
+            self.order or ("unknown" if self.path == "sparse" and self.calls else "-"),
+            self.path,
+            self.kernel or "-",
+            f"{self.dense_bytes:,}",
+            f"{self.bytes:,}",
+            *map(_milliseconds, times),
+            self.reason,
+        )
+
+    def _pattern(self) -> str:
+        """Rows of a tile x total sparsity x n:m, and the window where it cuts the columns."""
+        if self.pattern is None:
+            return "-"
+        v, n, m, window = (getattr(self.pattern, name) for name in ("vector_size", "n", "m", "window"))
+        columns = self.shape[0] if self.kind == "hf_conv1d" and not self.converted else math.prod(self.shape[1:])
+        cut = f", window {window}" if len(self.pattern.runs(columns)) > 1 else ""
+        return f"{v} x {self.pattern.sparsity:.1%} x {n}:{m}{cut}"
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Every prunable or packed layer, in the model's order; ``str()`` is a table, ``layers`` is data."""
-
-    layers: tuple[LayerPlan, ...]
-
-    def __str__(self) -> str:
-        rows = [("layer", "kind", "shape", "path", "kernel", "bytes before", "after", "predicted", "measured", "why")]
-        for layer in self.layers:
-            times = (_milliseconds(layer.predicted_seconds), _milliseconds(layer.measured_seconds))
-            shape = "x".join(map(str, layer.shape))
-            memory = (f"{layer.dense_bytes:,}", f"{layer.bytes:,}")
-            rows.append((layer.name, layer.kind, shape, layer.path, layer.kernel or "-", *memory, *times, layer.reason))
-        before, after = sum(layer.dense_bytes for layer in self.layers), sum(layer.bytes for layer in self.layers)
-        rows.append(("total", "", "", "", "", f"{before:,}", f"{after:,}", "", "", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(9)]
-        return "\n".join("  ".join((*map(str.ljust, row, widths), row[9])).rstrip() for row in rows)
-
-
-def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
-    """What ``plan="auto"`` does with every layer of a pruned model, or what became of it in a converted one.
-
-    With inputs the model is run on them, in eval mode and without gradients: each layer is then decided on the input it
-    really gets, and the time it takes inside the model, as it stands, is measured.
+    """Every prunable or packed layer, in the model's order; ``str()`` is a table, ``layers`` is data.
 
     Args:
-        model: pruned, converted, or neither: a layer without a layout is listed as dense.
-        inputs: of ``model.forward``.
-        named_inputs: of ``model.forward``.
-
-    Returns:
-        The plan of every layer.
+        layers: the plan of each.
+        seconds: of one forward of the whole model as it stands, in eager mode, with the layers timed inside it; None
+            without inputs.
+        notes: what the table cannot say.
     """
-    layers = {}
-    for path, module in model.named_modules():
-        kind = layer_kind(module) or (module.kind if _packed_of(module) else None)
-        if kind is not None:
-            layers[plain_name(path)] = (str(kind), module)
-    seen: dict[nn.Module, tuple[tuple[int, ...], float]] = {}
-    if inputs or named_inputs:
-        seen = _time_layers(model, [module for _, module in layers.values()], inputs, named_inputs)
-    return ModelPlan(tuple(_explain_layer(name, kind, module, seen) for name, (kind, module) in layers.items()))
+
+    layers: tuple[LayerPlan, ...]
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of all dense weights of the layers, a shared one counted once."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Of the same on the chosen paths."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def share(self) -> float | None:
+        """Fraction of the forward that is spent in the layers."""
+        return None if not self.seconds else self._measured(self.layers) / self.seconds
+
+    @property
+    def speedup(self) -> float | None:
+        """By Amdahl's law, how many times as fast the whole model is if every layer takes what is planned for it."""
+        if not self.seconds:
+            return None
+        planned = sum(layer.planned_seconds or 0.0 for layer in self.layers if layer.measured_seconds is not None)
+        return self.seconds / (self.seconds - self._measured(self.layers) + planned)
+
+    @property
+    def limit(self) -> float | None:
+        """The same if the sparse layers cost nothing."""
+        if not self.seconds:
+            return None
+        return self.seconds / (self.seconds - self._measured(layer for layer in self.layers if layer.path == "sparse"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as primitives, for JSON."""
+        totals = ("dense_bytes", "bytes", "seconds", "share", "speedup", "limit")
+        derived = ("kernel", "predicted_seconds", "planned_seconds")
+        layers = [asdict(layer) | {name: getattr(layer, name) for name in derived} for layer in self.layers]
+        return {"layers": layers, "notes": list(self.notes), **{name: getattr(self, name) for name in totals}}
+
+    def __str__(self) -> str:
+        totals = ("total", *[""] * 7, f"{self.dense_bytes:,}", f"{self.bytes:,}", *[""] * 5)
+        rows = [COLUMNS, *(layer.row for layer in self.layers), totals]
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        if self.seconds:
+            lines.append(
+                f"One forward takes {_milliseconds(self.seconds)}, {self.share:.1%} of it in these layers. It is "
+                f"{self.speedup:.2f} times as fast if they run as planned, {self.limit:.2f} times if the sparse ones "
+                "cost nothing."
+            )
+        return "\n".join([*lines, *self.notes])
+
+    @staticmethod
+    def _measured(layers: Iterable[LayerPlan]) -> float:
+        return sum(layer.measured_seconds or 0.0 for layer in layers)
 
 
-def _explain_layer(
-    name: str, kind: str, module: nn.Module, seen: dict[nn.Module, tuple[tuple[int, ...], float]]
-) -> LayerPlan:
-    input_shape, measured = seen.get(module, (None, None))
-    packed, layout = _packed_of(module), layout_of(module)
-    if packed is not None:
-        decision = decide(workload_of(module, input_shape))
-        dense_bytes = math.prod(packed.shape) * packed.values.element_size()
-        held = packed.nbytes + sum(tensor.nbytes for tensor in module.expanded.values())  # type: ignore[operator]
-        reason = f"packed: {decision.reason}"
-        return LayerPlan(
-            name, kind, packed.shape, packed.pattern, "sparse", reason, dense_bytes, held, decision, measured
-        )
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    shape, dense_bytes = tuple(weight.shape), weight.nbytes
-    if layout is None:
-        return LayerPlan(name, kind, shape, None, "dense", "no layout", dense_bytes, dense_bytes, None, measured)
-    layer = PrunableLayer(name, module, kind, layout.pattern)
-    try:
-        packed = pack(layer.matrix, layout, groups=layer.groups, name=name)
-    except ValueError as error:
-        reason = str(error).removeprefix(f"{name}: ")
-        return LayerPlan(name, kind, shape, layout.pattern, "dense", reason, dense_bytes, dense_bytes, None, measured)
-    decision = decide(workload_of(module, input_shape))
-    held = packed.nbytes + expanded_bytes(packed) if decision.path == "sparse" else dense_bytes
-    return LayerPlan(
-        name, kind, shape, layout.pattern, decision.path, decision.reason, dense_bytes, held, decision, measured
-    )
+COLUMNS = (
+    *("layer", "kind", "shape", "pattern", "retained", "order", "path", "kernel", "bytes before", "after"),
+    *("predicted", "dense alone", "sparse alone", "in the model", "why"),
+)
 
 
 def workload_of(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Workload:
     """The workload of a pruned or a packed layer on an input of that shape; a small one if it is None."""
-    packed, layout = _packed_of(module), layout_of(module)
+    packed, layout = packed_of(module), layout_of(module)
     if packed is not None:
         kind, shape, pattern, like = str(module.kind), packed.shape, packed.pattern, packed.values
     elif layout is not None:
@@ -205,13 +274,16 @@ def workload_of(module: nn.Module, input_shape: tuple[int, ...] | None = None) -
     )
 
 
-def decide(workload: Workload) -> Decision:
-    """Sparse where it wins by more than noise, else dense."""
-    dense, sparse = measure(workload)
-    path = "sparse" if sparse < MARGIN * dense else "dense"
-    size = "x".join(map(str, workload.input_shape))
-    reason = f"sparse {sparse * 1e3:.3f} ms, dense {dense * 1e3:.3f} ms on {size}"
-    return Decision(path, reason, dense, sparse, predict(workload))
+def decide(*workloads: Workload) -> Decision:
+    """Sparse where all these calls of one layer together win by more than noise, else dense."""
+    times = [measure(workload) for workload in workloads]
+    dense, sparse = sum(dense for dense, _ in times), sum(sparse for _, sparse in times)
+    sizes = Counter("x".join(map(str, workload.input_shape)) for workload in workloads)
+    calls = ", ".join(size if count == 1 else f"{count} calls of {size}" for size, count in sizes.items())
+    choices = [predict(workload) for workload in workloads]
+    paths = choices[0] if all(choices) and choices else {}
+    predicted = {path: tuple(choice[path] for choice in choices) for path in paths}
+    return Decision("sparse" if sparse < MARGIN * dense else "dense", calls, dense, sparse, predicted)
 
 
 def predict(workload: Workload) -> dict[str, Choice]:
@@ -276,60 +348,19 @@ def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tenso
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _time_layers(
-    model: nn.Module, layers: list[nn.Module], inputs: tuple[Any, ...], named_inputs: dict[str, Any]
-) -> dict[nn.Module, tuple[tuple[int, ...], float]]:
-    """Shape of the last input, and the median time of one call, of each layer that the model runs."""
-    shapes: dict[nn.Module, tuple[int, ...]] = {}
-    times: dict[nn.Module, list[float]] = {}
-    started: dict[nn.Module, float] = {}
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        shapes[module] = tuple(args[0].shape)
-        _wait(args[0].device)
-        started[module] = time.perf_counter()
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _wait(args[0].device)
-        times.setdefault(module, []).append(time.perf_counter() - started[module])
-
-    with _evaluating(model), torch.inference_mode():
-        model(*inputs, **named_inputs)  # warm-up
-        handles = [layer.register_forward_pre_hook(before) for layer in layers]
-        handles += [layer.register_forward_hook(after) for layer in layers]
-        try:
-            for _ in range(LEAST):
-                model(*inputs, **named_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {module: (shapes[module], statistics.median(record)) for module, record in times.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training:
-            module.training = was
-
-
-def _packed_of(module: nn.Module) -> HiNMWeight | None:
+def packed_of(module: nn.Module) -> HiNMWeight | None:
     """The packed weight of a converted layer; asked by name, since the modules stand above the plan."""
     packed = getattr(module, "packed", None)
     return packed if isinstance(packed, HiNMWeight) else None

@@ -473,7 +473,7 @@ def test_auto_leaves_a_losing_layer_dense_with_the_reason_on_record(
     with torch.inference_mode(), caplog.at_level(logging.INFO, logger="lightning_hinm"):
         assert_same(compiled(net, plan="auto", dynamic=True), net, X, calls=3)
     assert "conv1 runs dense: sparse 2000.000 ms, dense 1000.000 ms on 3x6x1x10" in caplog.text
-    assert "linear runs sparse: sparse 500.000 ms, dense 1000.000 ms on 3x10x16" in caplog.text
+    assert "linear runs sparse: sparse 1500.000 ms, dense 3000.000 ms on 3 calls of 3x10x16" in caplog.text
 
 
 def test_plan_dense_runs_dense(net: Net) -> None:

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "lightning_hinm"
 ALLOWED: dict[str, set[str]] = {
     "__init__": {
         "pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune",
-        "ops", "modules", "plan", "store", "passes", "backend", "callback", "metrics",
+        "ops", "modules", "plan", "store", "passes", "backend", "explain", "callback", "metrics",
     },
-    "__main__": {"format", "kernels", "ops"},
+    "__main__": {"explain", "format", "kernels", "ops", "plan"},
     # core
     "pattern": set(),
     "layout": {"pattern"},
@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"pattern", "format", "prune", "modules"},
     "passes": {"pattern", "layout", "format", "kernels", "ops", "modules", "plan"},
     "backend": {"pattern", "layout", "format", "prune", "ops", "modules", "plan", "passes"},
+    "explain": {"pattern", "layout", "format", "prune", "ops", "plan", "passes", "backend"},
     # training arm
     "callback": {"pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune", "metrics"},
     "metrics": {"pattern", "layout", "mask"},
@@ -47,7 +48,7 @@ ONLY_IN: dict[str, set[str]] = {
     "pytorch_lightning": set(),
     "safetensors": {"format", "gyro"},
     "scipy": {"gyro"},
-    "torch.fx": {"passes", "backend"},
+    "torch.fx": {"passes", "backend", "explain"},
     "torchmetrics": {"metrics"},
 }
 

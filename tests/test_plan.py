@@ -1,11 +1,14 @@
 """What runs sparse and what dense: no test here depends on which of the two is faster."""
 
+import json
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hinm import HiNMPattern, explain, prune, to_hinm
-from lightning_hinm.plan import Workload, decide, measure, workload_of
+from lightning_hinm import HiNMPattern, prune, to_hinm
+from lightning_hinm.plan import COLUMNS, Decision, LayerPlan, ModelPlan, Workload, decide, measure, workload_of
 
 PATTERN = HiNMPattern(vector_size=8)
 CPU = torch.device("cpu")
@@ -47,6 +50,15 @@ def test_a_tie_leaves_a_layer_dense_and_says_why(monkeypatch: pytest.MonkeyPatch
     assert decision.reason == "sparse 666.667 ms, dense 1000.000 ms on 4x16"
 
 
+def test_all_calls_of_a_layer_are_decided_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (Workload((16, 16), PATTERN, (tokens, 16), torch.float32, CPU) for tokens in (4, 9))
+    monkeypatch.setattr("lightning_hinm.plan.measure", lambda workload: (1.0, 2.0) if workload is few else (3.0, 1.0))
+    assert [decide(few).path, decide(many).path, decide(few, many).path] == ["dense", "sparse", "sparse"]
+    decision = decide(few, few, many)
+    assert (decision.path, decision.dense_seconds, decision.sparse_seconds) == ("dense", 5.0, 5.0)
+    assert decision.calls == "2 calls of 4x16, 9x16"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["linear", "conv1", "conv2"])
 def test_every_kind_of_layer_can_be_timed(net: Net, name: str, dtype: torch.dtype) -> None:
@@ -79,52 +91,52 @@ def test_a_layer_without_a_layout_has_no_workload() -> None:
         workload_of(nn.Linear(8, 8))
 
 
-@pytest.mark.parametrize("converted", [False, True])
-def test_explain_lists_every_layer_with_path_reason_bytes_and_times(
-    net: Net, converted: bool, monkeypatch: pytest.MonkeyPatch
+def layer(path: str, measured: float | None, **given: Any) -> LayerPlan:
+    """A layer that takes 4 s dense and 1 s sparse, alone."""
+    decision = Decision(path, "4x16", 4.0, 1.0)
+    facts: dict[str, Any] = {"decision": decision, "measured_seconds": measured} | given
+    return LayerPlan("name", "linear", (16, 16), PATTERN, path, "why", 1024, 512, **facts)
+
+
+def test_amdahls_law_counts_only_layers_that_change_their_path() -> None:
+    plan = ModelPlan((layer("sparse", 5.0), layer("dense", 3.0), layer("dense", None)), seconds=10.0)
+    assert plan.share == 0.8
+    assert plan.speedup == 10 / (10 - 5 + 1)  # alone, the dense layer took 4 s, not 3: that is no gain and no loss
+    assert plan.limit == 10 / 5
+    assert "One forward takes 10000.000 ms, 80.0% of it" in str(plan)
+    packed = ModelPlan((layer("sparse", 5.0, converted=True),), seconds=10.0)
+    assert (packed.speedup, packed.limit) == (1.0, 2.0)
+
+
+def test_without_times_nothing_is_said_of_the_whole_model() -> None:
+    plan = ModelPlan((layer("sparse", None),))
+    assert (plan.seconds, plan.share, plan.speedup, plan.limit) == (None, None, None, None)
+    assert "forward" not in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind", "shape", "expected"),
+    [
+        (HiNMPattern(), "linear", (64, 1024), "64 x 75.0% x 2:4"),
+        (HiNMPattern(), "linear", (64, 1028), "64 x 75.0% x 2:4, window 256"),
+        (HiNMPattern(), "hf_conv1d", (1028, 64), "64 x 75.0% x 2:4, window 256"),
+        (HiNMPattern(window=None), "linear", (64, 1028), "64 x 75.0% x 2:4"),
+        (HiNMPattern(32, 0.75), "conv2d", (64, 200, 3, 3), "32 x 87.5% x 2:4, window 256"),
+        (None, "linear", (64, 64), "-"),
+    ],
+)
+def test_a_pattern_is_short_and_names_its_window_only_where_it_cuts(
+    pattern: HiNMPattern | None, kind: str, shape: tuple[int, ...], expected: str
 ) -> None:
-    sparse_wins(monkeypatch, by=2.0)
-    model = to_hinm(net) if converted else net
-    plan = explain(model)
-    assert [layer.name for layer in plan.layers] == ["conv1", "linear", "conv2", "head"]
-    assert [layer.path for layer in plan.layers] == ["sparse"] * 3 + ["dense"]
-    linear, head = plan.layers[1], plan.layers[3]
-    assert (linear.shape, linear.pattern, linear.dense_bytes) == ((32, 16), PATTERN, 32 * 16 * 4)
-    packed = to_hinm(net).linear
-    assert linear.bytes == packed.packed.nbytes + sum(tensor.nbytes for tensor in packed.expanded.values())
-    assert (linear.predicted_seconds, linear.measured_seconds) == (0.5, None)
-    assert "sparse 500.000 ms, dense 1000.000 ms on 128x16" in linear.reason
-    assert (head.reason, head.bytes, head.predicted_seconds) == ("no layout", head.dense_bytes, None)
-    table = str(plan).splitlines()
-    assert len(table) == 6
-    assert table[0].split()[:4] == ["layer", "kind", "shape", "path"]
-    assert "no layout" in table[4]
+    plan = LayerPlan("name", kind, shape, pattern, "dense", "why", 4, 2)
+    assert plan.row[COLUMNS.index("pattern")] == expected
 
 
-def test_explain_times_the_layers_in_the_model_on_the_inputs_given(net: Net) -> None:
-    net.train()
-    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    plan = explain(net, torch.randn(5, 8, 10), scale=2.0)
-    assert all(layer.measured_seconds is not None and layer.measured_seconds > 0 for layer in plan.layers)
-    assert "on 5x8x1x10" in plan.layers[0].reason
-    assert "on 5x10x16" in plan.layers[1].reason
-    assert net.training
-    assert net.norm.training
-    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
-
-
-def test_explain_keeps_a_losing_layer_dense_with_its_bytes(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse_wins(monkeypatch, by=0.5)
-    for layer in explain(net).layers[:3]:
-        assert layer.path == "dense"
-        assert layer.bytes == layer.dense_bytes
-        assert layer.predicted_seconds == 1.0
-
-
-def test_explain_says_which_weights_left_their_pattern(net: Net) -> None:
-    with torch.no_grad():
-        net.linear.weight.add_(1)
-    (layer,) = [layer for layer in explain(net).layers if layer.name == "linear"]
-    assert layer.path == "dense"
-    assert "weights are not zero outside the pattern" in layer.reason
+def test_a_plan_is_data_for_json() -> None:
+    plan = ModelPlan((layer("sparse", 5.0, retained=0.5, order="in order", calls=2),), seconds=10.0, notes=("a note",))
+    data = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
+    assert (data["bytes"], data["dense_bytes"], data["seconds"], data["notes"]) == (512, 1024, 10.0, ["a note"])
+    (found,) = data["layers"]
+    assert found["pattern"] == PATTERN.to_dict()
+    assert (found["retained"], found["order"], found["calls"]) == (0.5, "in order", 2)
+    assert (found["predicted_seconds"], found["decision"]["dense_seconds"], found["kernel"]) == (1.0, 4.0, None)

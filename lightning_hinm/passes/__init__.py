@@ -1,6 +1,6 @@
 """Graph rewrites on what Dynamo hands to a backend: each pass keeps what the graph computes, or does nothing."""
 
-from lightning_hinm.passes.absorb import absorb_orders_pass
+from lightning_hinm.passes.absorb import OrderFate, absorb_orders_pass, orders_of
 from lightning_hinm.passes.fuse import fuse_activations_pass
 from lightning_hinm.passes.islands import feature_major_islands_pass
 from lightning_hinm.passes.sparsify import (
@@ -14,11 +14,13 @@ from lightning_hinm.passes.sparsify import (
 
 __all__ = [
     "LayerCall",
+    "OrderFate",
     "absorb_orders_pass",
     "feature_major_islands_pass",
     "find_fused_calls",
     "find_layer_calls",
     "fuse_activations_pass",
+    "orders_of",
     "shape_of",
     "sparsify_layers_pass",
     "unfuse_encoder_layers_pass",

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,23 @@ SPATIAL = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_poo
 CHANNEL_PARAMETERS = ("running_mean", "running_var", "weight", "bias")  # of a BatchNorm
 
 
+class OrderFate(NamedTuple):
+    """What becomes of the order of one producer's rows.
+
+    Args:
+        readers: the sparse ops that can all be told of it; none where there is nothing to restore, or it must be.
+        norms: the BatchNorms on the way to them.
+        obstacle: the node that cannot be told, for which the order is restored; the producer itself, where the graph
+            does not hold the order.
+        reason: why not, where that is more than not being known to treat every channel by itself.
+    """
+
+    readers: tuple[fx.Node, ...] = ()
+    norms: tuple[fx.Node, ...] = ()
+    obstacle: fx.Node | None = None
+    reason: str = ""
+
+
 def absorb_orders_pass(gm: fx.GraphModule) -> fx.GraphModule:
     """A layer whose rows only sparse layers read leaves them in the order in which they are packed.
 
@@ -59,35 +76,42 @@ def absorb_orders_pass(gm: fx.GraphModule) -> fx.GraphModule:
     """
     count = 0
     for node in list(gm.graph.nodes):
-        if node.target in CHANNEL_AXIS and (found := _follow(gm, node)) is not None:
-            _absorb(gm, node, *found)
+        if node.target in CHANNEL_AXIS and (fate := _follow(gm, node)).readers:
+            _absorb(gm, node, fate)
             count += 1
     return finish_pass(gm, "absorb_orders_pass", count, "orders")
 
 
-def _follow(gm: fx.GraphModule, producer: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | None:
-    """The readers of a layer's rows and the BatchNorms on the way, if the order can be absorbed by all of them."""
+def orders_of(gm: fx.GraphModule) -> dict[fx.Node, OrderFate]:
+    """What ``absorb_orders_pass`` would do with the order of every sparse op, by its node; nothing is rewritten."""
+    return {node: _follow(gm, node) for node in gm.graph.nodes if node.target in CHANNEL_AXIS}
+
+
+def _follow(gm: fx.GraphModule, producer: fx.Node) -> OrderFate:
+    """Whether all who read a layer's rows can be told of their order."""
     order = _buffer(gm, producer, "output_order")
-    if order is None or is_in_order(order):
-        return None
+    if order is None:
+        return OrderFate(obstacle=producer, reason="the graph is given the order anew at each call")
+    if is_in_order(order):
+        return OrderFate()
     axis = CHANNEL_AXIS[producer.target]
     carried, readers, norms = {producer}, [], []
     for node in gm.graph.nodes:  # in an order in which inputs come before their users
         if node is producer or not carried & set(node.all_input_nodes):
             continue
         if node.target in CHANNEL_AXIS and node.args[0] in carried and not carried & set(_nodes(node.args[1:])):
-            if not _can_absorb(gm, node, axis, order):
-                return None
+            if reason := _refusal(gm, node, axis, order):
+                return OrderFate(obstacle=node, reason=reason)
             readers.append(node)
         elif node.op not in ("call_function", "call_method"):
-            return None
+            return OrderFate(obstacle=node)
         elif node.target in UNARY or (node.target in SPATIAL and axis == -3) or _is_idle_dropout(node):
             if node.args[0] not in carried or _nodes((node.args[1:], node.kwargs)):
-                return None
+                return OrderFate(obstacle=node)
             carried.add(node)
         elif node.target in BINARY:
             if not all(isinstance(each, (int, float)) or each in carried for each in node.args) or node.kwargs:
-                return None
+                return OrderFate(obstacle=node)
             carried.add(node)
         elif axis == -1 and node.args[0] in carried and _keeps_last_size(node, len(order)):
             carried.add(node)
@@ -95,11 +119,11 @@ def _follow(gm: fx.GraphModule, producer: fx.Node) -> tuple[list[fx.Node], list[
             norms.append(node)
             carried.add(node)
         else:
-            return None
-    return (readers, norms) if readers else None
+            return OrderFate(obstacle=node)
+    return OrderFate(tuple(readers), tuple(norms))
 
 
-def _absorb(gm: fx.GraphModule, producer: fx.Node, readers: list[fx.Node], norms: list[fx.Node]) -> None:
+def _absorb(gm: fx.GraphModule, producer: fx.Node, fate: OrderFate) -> None:
     order = _held(gm, producer, "output_order").to(torch.int64)
     gathers = lift_buffer(gm, f"hinm_{producer.name}_order", order)
     positions = torch.arange(len(order), device=order.device)
@@ -114,7 +138,7 @@ def _absorb(gm: fx.GraphModule, producer: fx.Node, readers: list[fx.Node], norms
     if bias is not None:
         with gm.graph.inserting_before(producer):
             set_operand(producer, "bias", gm.graph.call_function(torch.index_select, (bias, 0, gathers)))
-    for norm in norms:
+    for norm in fate.norms:
         given = _norm_arguments(norm)
         with gm.graph.inserting_before(norm):
             moved = {
@@ -122,7 +146,7 @@ def _absorb(gm: fx.GraphModule, producer: fx.Node, readers: list[fx.Node], norms
                 for name in CHANNEL_PARAMETERS
             }
         norm.args, norm.kwargs = (given.pop("input"),), given | moved
-    for reader in readers:
+    for reader in fate.readers:
         _replace(gm, reader, _renumbered(gm, reader, order))
 
 
@@ -139,20 +163,21 @@ def _renumbered(gm: fx.GraphModule, reader: fx.Node, order: Tensor) -> dict[str,
     return changes
 
 
-def _can_absorb(gm: fx.GraphModule, reader: fx.Node, axis: int, order: Tensor) -> bool:
-    if CHANNEL_AXIS[reader.target] != axis or operand(reader, "groups", 1) != 1:
-        return False
+def _refusal(gm: fx.GraphModule, reader: fx.Node, axis: int, order: Tensor) -> str | None:
+    """Why the columns of a reader cannot be renumbered; None if they can."""
+    if operand(reader, "groups", 1) != 1:
+        return "channels would change their group"
     buffers = [_buffer(gm, reader, name) for name in ("vector_index", "columns")]
     channels = operand(reader, "in_features") if axis == -1 else operand(reader, "in_channels")
-    if channels != len(order) or any(buffer is None for buffer in buffers):
-        return False
+    if CHANNEL_AXIS[reader.target] != axis or channels != len(order) or any(buffer is None for buffer in buffers):
+        return "its columns are not these channels"
     window = operand(reader, "window")
     # A convolution is gathered from wherever its columns lie, and so is whatever a CPU runs.
     if axis == -3 or window is None or channels <= 4 * window or operand(reader, "expansion_metadata") is None:
-        return True
+        return None
     index = _held(gm, reader, "columns").to(torch.int64)
     moved = _renumbered(gm, reader, order.to(torch.int64))["columns"].to(torch.int64)
-    return torch.equal(index // window, moved // window)
+    return None if torch.equal(index // window, moved // window) else "columns would leave their run"
 
 
 def _kernel_size(reader: fx.Node) -> int:

@@ -1,0 +1,344 @@
+"""What becomes of every layer of a model, and why: packed, timed, decided and traced."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import fx, nn
+
+from lightning_hinm.backend import find_layers, guard_layouts, sparsify_graph
+from lightning_hinm.format import HiNMWeight, pack
+from lightning_hinm.layout import is_in_order
+from lightning_hinm.ops import expanded_bytes
+from lightning_hinm.passes import find_fused_calls, find_layer_calls, orders_of
+from lightning_hinm.passes.sparsify import operand
+from lightning_hinm.pattern import layer_kind, plain_name
+from lightning_hinm.plan import LEAST, MOST, SECONDS, LayerPlan, ModelPlan, decide, packed_of, wait_for, workload_of
+from lightning_hinm.prune import PrunableLayer, layout_of
+
+
+class Call(NamedTuple):
+    """One call of a layer in a forward."""
+
+    input_shape: tuple[int, ...]
+    seconds: float
+
+
+class Forward(NamedTuple):
+    """The time of one forward of a model, and the calls of its layers."""
+
+    seconds: float
+    calls: Mapping[nn.Module, list[Call]]
+
+
+class Place(NamedTuple):
+    """Where an order ends, or is stopped: a layer, or the words for what is none. Graphs outlive models."""
+
+    layer: "ref[nn.Module] | None"
+    words: str = ""
+
+
+class Fate(NamedTuple):
+    """What a graph does with one call of a layer: ``word`` says what, ``places`` for whom."""
+
+    layer: "ref[nn.Module]"
+    word: str
+    places: tuple[Place, ...] = ()
+
+
+class Tracing(NamedTuple):
+    """Converted layers by the id of their metadata, and what the graphs that ran had to tell."""
+
+    converted: Mapping[int, nn.Module]
+    fates: list[Fate]
+
+
+OUT_OF_REACH = "out of reach of"
+_tracing: ContextVar[Tracing] = ContextVar("tracing")
+
+
+def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
+    """What ``torch.compile(model, backend="hinm")`` does with every layer of a pruned or converted model, and why.
+
+    Two times decide on a layer, dense and sparse, both measured alone, on random numbers: of a small input, or, with
+    inputs, of all its calls in one forward. With inputs the model is run on them, in eval mode and without gradients:
+
+    * in eager mode, to measure the calls of each layer inside the model as it stands, and the whole forward around
+      them. All these times are of one forward, the median of several. On a GPU each layer is waited for, which takes
+      longer than a forward that is left alone, and the fused kernel of ``nn.TransformerEncoderLayer`` is not used;
+    * once traced by Dynamo, to read in its graphs what becomes of the order of each layer's rows. That is what a
+      compiled model does; in eager mode a converted one restores every order.
+
+    Args:
+        model: pruned, converted, or neither: a layer without a layout is listed as dense.
+        inputs: of ``model.forward``.
+        named_inputs: of ``model.forward``.
+
+    Returns:
+        The plan of every layer, and what the whole model gains. What could not be traced is said in a note.
+    """
+    model = getattr(model, "_orig_mod", model)
+    named = ((plain_name(path), module) for path, module in model.named_modules())
+    layers = {name: module for name, module in named if layer_kind(module) or packed_of(module)}
+    if not inputs and not named_inputs:
+        return ModelPlan(tuple(_explain_layers(layers, None)))
+    with _evaluating(model), torch.inference_mode():
+        forward = time_forward(model, list(layers.values()), inputs, named_inputs)
+        plans = _explain_layers(layers, forward)
+        notes: list[str] = []
+        if any(plan.path == "sparse" for plan in plans):
+            fates, notes = trace_orders(model, list(layers.values()), inputs, named_inputs)
+            plans = _add_orders(plans, layers, fates)
+    unknown = [plan.name for plan in plans if plan.path == "sparse" and plan.calls and plan.order is None]
+    if unknown and not notes:
+        notes = [f"Order unknown of {', '.join(unknown)}: no call of it is in a graph that Dynamo captures."]
+    return ModelPlan(tuple(plans), forward.seconds, tuple(notes))
+
+
+def _explain_layers(layers: Mapping[str, nn.Module], forward: Forward | None) -> list[LayerPlan]:
+    plans: list[LayerPlan] = []
+    owners: dict[int, str] = {}
+    for name, module in layers.items():
+        calls = forward.calls.get(module, []) if forward else []
+        plan = _explain_layer(name, module, calls)
+        if forward is not None:
+            seconds = sum(call.seconds for call in calls) if calls else None
+            plan = replace(plan, calls=len(calls), measured_seconds=seconds)
+            if not calls:
+                plan = replace(plan, reason=f"never called on these inputs; {plan.reason}")
+        owner = owners.setdefault(_identity(module), name)
+        if owner != name:
+            plan = replace(plan, dense_bytes=0, bytes=0, reason=f"{plan.reason}; shares the weight of {owner}")
+        plans.append(plan)
+    return plans
+
+
+def _explain_layer(name: str, module: nn.Module, calls: Sequence[Call]) -> LayerPlan:
+    layer: Any = module
+    packed = packed_of(module)
+    if packed is not None:
+        held = packed.nbytes + sum(tensor.nbytes for tensor in layer.expanded.values())
+        plan = LayerPlan(name, layer.kind, packed.shape, packed.pattern, "sparse", "packed", 0, held, converted=True)
+        plan = replace(plan, dense_bytes=math.prod(packed.shape) * packed.values.element_size())
+        return _decide_layer(plan, module, packed, calls, getattr(layer, "retained", None))
+    kind, layout, weight = str(layer_kind(module)), layout_of(module), layer.weight
+    pattern = None if layout is None else layout.pattern
+    plan = LayerPlan(name, kind, tuple(weight.shape), pattern, "dense", "no layout", weight.nbytes, weight.nbytes)
+    if layout is None:
+        return plan
+    prunable = PrunableLayer(name, module, kind, layout.pattern)
+    try:
+        packed = pack(prunable.matrix, layout, groups=prunable.groups, name=name)
+    except ValueError as error:
+        return replace(plan, reason=str(error).removeprefix(f"{name}: "))
+    return _decide_layer(plan, module, packed, calls, getattr(layout, "retained", None))
+
+
+def _decide_layer(
+    plan: LayerPlan, module: nn.Module, packed: HiNMWeight, calls: Sequence[Call], retained: float | None
+) -> LayerPlan:
+    decision = decide(*[workload_of(module, call.input_shape) for call in calls] or [workload_of(module)])
+    won = f"sparse is {decision.dense_seconds / decision.sparse_seconds:.2f} times as fast on {decision.calls}"
+    if plan.converted:
+        plan = replace(plan, reason=f"packed; {won}")
+    else:
+        held = packed.nbytes + expanded_bytes(packed) if decision.path == "sparse" else plan.dense_bytes
+        plan = replace(plan, path=decision.path, reason=won, bytes=held)
+    order = "in order" if plan.path == "sparse" and is_in_order(packed.output_order) else None
+    return replace(plan, decision=decision, retained=retained, order=order)
+
+
+def _identity(module: nn.Module) -> int:
+    """Of the tensor that tied layers have in common."""
+    return id(module.metadata if packed_of(module) else module.weight)
+
+
+# --------------------------------------------------------------------------------------------------------------- timed
+
+
+def time_forward(
+    model: nn.Module, layers: Sequence[nn.Module], inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]
+) -> Forward:
+    """The forward whose time is the median of several, after one for warm-up; what is compiled inside runs eager."""
+    forwards: list[Forward] = []
+    calls: dict[nn.Module, list[Call]] = {}
+    started: dict[nn.Module, float] = {}
+    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+    def before(module: nn.Module, args: tuple[Any, ...], named_args: dict[str, Any]) -> None:
+        wait_for(device)
+        started[module] = time.perf_counter()
+
+    def after(module: nn.Module, args: tuple[Any, ...], named_args: dict[str, Any], output: Any) -> None:
+        wait_for(device)
+        seconds = time.perf_counter() - started[module]
+        x = args[0] if args else next(iter(named_args.values()))
+        calls.setdefault(module, []).append(Call(tuple(x.shape), seconds))
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
+    try:
+        # Its nested tensors would reach the layers, too, and have no shape.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.compiler.set_stance("force_eager"):
+            model(*inputs, **named_inputs)
+            end = time.perf_counter() + SECONDS
+            while len(forwards) < LEAST or (len(forwards) < MOST and time.perf_counter() < end):
+                calls = {}
+                wait_for(device)
+                start = time.perf_counter()
+                model(*inputs, **named_inputs)
+                wait_for(device)
+                forwards.append(Forward(time.perf_counter() - start, calls))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+    return sorted(forwards, key=lambda forward: forward.seconds)[len(forwards) // 2]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+
+
+# -------------------------------------------------------------------------------------------------------------- traced
+
+
+def trace_orders(
+    model: nn.Module, layers: Sequence[nn.Module], inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]
+) -> tuple[list[Fate], list[str]]:
+    """The fates of all calls that Dynamo captures, and a note if it failed; what the user compiled stays compiled."""
+    import torch._dynamo
+
+    def call() -> Any:
+        return model(*inputs, **named_inputs)
+
+    notes = []
+    tracing = Tracing({_identity(layer): layer for layer in layers if packed_of(layer)}, [])
+    token = _tracing.set(tracing)
+    try:
+        torch.compile(call, backend=_record_fates)()
+    except Exception as error:  # whatever Dynamo, a pass or the packing met: the rest of the plan holds
+        cause = getattr(error, "inner_exception", None) or error
+        notes.append(f"Order unknown: the model could not be traced: {type(cause).__name__}: {str(cause).strip()}")
+    finally:
+        _tracing.reset(token)
+        torch._dynamo.reset_code(call.__code__)
+    return tracing.fates, notes
+
+
+def _record_fates(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """A backend that runs the graph as it is, and tells at each call what the backend "hinm" would make of it.
+
+    One function for all models, and told at each call, because Dynamo keeps the graphs of a model that it cannot
+    capture whole: a second explanation runs them again, and uses up none of the recompilations that a user may need.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    fates = _read_fates(fx.GraphModule(gm, graph), example_inputs, _tracing.get().converted)
+
+    def run(*args: Any) -> Any:
+        _tracing.get().fates.extend(fates)
+        return gm.forward(*args)
+
+    return run
+
+
+def _read_fates(gm: fx.GraphModule, example_inputs: Sequence[Any], converted: Mapping[int, nn.Module]) -> list[Fate]:
+    layers = find_layers(gm, example_inputs)
+    guard_layouts(layers.values())
+    calls = find_layer_calls(gm) + find_fused_calls(gm)
+    reached = {call.weight for call in calls}
+    pruned = {node: layer for node, layer in layers.items() if layout_of(layer.module) is not None}
+    fates = [
+        Fate(ref(layer.module), OUT_OF_REACH, tuple(Place(None, _word(user)) for user in node.users))
+        for node, layer in pruned.items()
+        if node not in reached
+    ]
+    reachable = {node: layer for node, layer in pruned.items() if node in reached}
+    # Twins of our own: whoever only asks shall not hold every weight twice.
+    twins = sparsify_graph(gm, reachable, "auto", WeakKeyDictionary())
+    owners = dict(converted) | {id(twin.layer.metadata): layers[node].module for node, twin in twins.items()}
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    dense = {call.node: ref(layers[call.weight].module) for call in find_layer_calls(gm) if call.weight in layers}
+
+    def layer_of(node: fx.Node) -> "ref[nn.Module] | None":
+        metadata = operand(node, "metadata")
+        tensor = getattr(gm, str(metadata.target)) if metadata.op == "get_attr" else given.get(metadata)
+        return ref(owners[id(tensor)]) if id(tensor) in owners else None
+
+    orders = orders_of(gm)
+
+    def place(node: fx.Node, reason: str = "") -> Place:
+        reason = f" ({reason})" if reason else ""
+        if node in orders:
+            return Place(layer_of(node), reason)
+        return Place(dense[node], f" (dense){reason}") if node in dense else Place(None, _word(node) + reason)
+
+    for node, fate in orders.items():
+        layer = layer_of(node)
+        if layer is None:
+            continue
+        if fate.readers:
+            fates.append(Fate(layer, "absorbed by", tuple(map(place, fate.readers))))
+        elif fate.obstacle is None:
+            fates.append(Fate(layer, "in order"))
+        elif fate.obstacle is node:
+            fates.append(Fate(layer, "restored:", (Place(None, fate.reason),)))
+        else:
+            fates.append(Fate(layer, "restored for", (place(fate.obstacle, fate.reason),)))
+    return fates
+
+
+def _word(node: fx.Node) -> str:
+    """What a person calls the node of a graph."""
+    if node.op == "output":
+        return "the output"
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _add_orders(plans: Sequence[LayerPlan], layers: Mapping[str, nn.Module], fates: Sequence[Fate]) -> list[LayerPlan]:
+    names: dict[nn.Module, str] = {}
+    for name, module in layers.items():
+        names.setdefault(module, name)
+
+    def describe(place: Place) -> str:
+        layer = None if place.layer is None else place.layer()
+        return (names.get(layer, type(layer).__name__) if layer is not None else "") + place.words
+
+    told: dict[int, list[str]] = {}
+    stolen: dict[int, str] = {}
+    for fate in fates:
+        layer = fate.layer()
+        if layer is None:
+            continue
+        who = ", ".join(dict.fromkeys(map(describe, fate.places)))
+        if fate.word == OUT_OF_REACH:
+            stolen[_identity(layer)] = who
+        else:
+            told.setdefault(_identity(layer), []).append(f"{fate.word} {who}".strip())
+    explained = []
+    for plan in plans:
+        identity = _identity(layers[plan.name])
+        if plan.path == "sparse" and identity in stolen and identity not in told:
+            reason = f"{stolen[identity]} takes its weight by itself"
+            plan = replace(plan, path="dense", reason=reason, bytes=plan.dense_bytes, order=None)
+        elif plan.path == "sparse" and plan.order is None and identity in told:
+            plan = replace(plan, order="; ".join(dict.fromkeys(told[identity])))
+        explained.append(plan)
+    return explained
