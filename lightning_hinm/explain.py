@@ -1,6 +1,7 @@
 """What becomes of every layer of a model, and why: packed, timed, decided and traced."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,18 +25,12 @@ from lightning_hinm.plan import LEAST, MOST, SECONDS, LayerPlan, ModelPlan, deci
 from lightning_hinm.prune import PrunableLayer, layout_of
 
 
-class Call(NamedTuple):
-    """One call of a layer in a forward."""
-
-    input_shape: tuple[int, ...]
-    seconds: float
-
-
 class Forward(NamedTuple):
-    """The time of one forward of a model, and the calls of its layers."""
+    """What one forward of a model takes, in seconds, and its layers in it: all their calls, and the inputs of each."""
 
     seconds: float
-    calls: Mapping[nn.Module, list[Call]]
+    layers: Mapping[nn.Module, float]
+    shapes: Mapping[nn.Module, list[tuple[int, ...]]]
 
 
 class Place(NamedTuple):
@@ -70,8 +65,8 @@ def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
     Two times decide on a layer, dense and sparse, both measured alone, on random numbers: of a small input, or, with
     inputs, of all its calls in one forward. With inputs the model is run on them, in eval mode and without gradients:
 
-    * in eager mode, to measure the calls of each layer inside the model as it stands, and the whole forward around
-      them. All these times are of one forward, the median of several. On a GPU each layer is waited for, which takes
+    * in eager mode, to measure the calls of each layer inside the model as it stands, and all that is around them:
+      medians of several forwards, whose sum is the time of the whole. On a GPU each layer is waited for, which takes
       longer than a forward that is left alone, and the fused kernel of ``nn.TransformerEncoderLayer`` is not used;
     * once traced by Dynamo, to read in its graphs what becomes of the order of each layer's rows. That is what a
       compiled model does; in eager mode a converted one restores every order.
@@ -106,12 +101,11 @@ def _explain_layers(layers: Mapping[str, nn.Module], forward: Forward | None) ->
     plans: list[LayerPlan] = []
     owners: dict[int, str] = {}
     for name, module in layers.items():
-        calls = forward.calls.get(module, []) if forward else []
-        plan = _explain_layer(name, module, calls)
+        shapes = forward.shapes.get(module, []) if forward else []
+        plan = _explain_layer(name, module, shapes)
         if forward is not None:
-            seconds = sum(call.seconds for call in calls) if calls else None
-            plan = replace(plan, calls=len(calls), measured_seconds=seconds)
-            if not calls:
+            plan = replace(plan, calls=len(shapes), measured_seconds=forward.layers.get(module))
+            if not shapes:
                 plan = replace(plan, reason=f"never called on these inputs; {plan.reason}")
         owner = owners.setdefault(_identity(module), name)
         if owner != name:
@@ -120,14 +114,14 @@ def _explain_layers(layers: Mapping[str, nn.Module], forward: Forward | None) ->
     return plans
 
 
-def _explain_layer(name: str, module: nn.Module, calls: Sequence[Call]) -> LayerPlan:
+def _explain_layer(name: str, module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> LayerPlan:
     layer: Any = module
     packed = packed_of(module)
     if packed is not None:
         held = packed.nbytes + sum(tensor.nbytes for tensor in layer.expanded.values())
         plan = LayerPlan(name, layer.kind, packed.shape, packed.pattern, "sparse", "packed", 0, held, converted=True)
         plan = replace(plan, dense_bytes=math.prod(packed.shape) * packed.values.element_size())
-        return _decide_layer(plan, module, packed, calls, getattr(layer, "retained", None))
+        return _decide_layer(plan, module, packed, shapes, getattr(layer, "retained", None))
     kind, layout, weight = str(layer_kind(module)), layout_of(module), layer.weight
     pattern = None if layout is None else layout.pattern
     plan = LayerPlan(name, kind, tuple(weight.shape), pattern, "dense", "no layout", weight.nbytes, weight.nbytes)
@@ -138,13 +132,13 @@ def _explain_layer(name: str, module: nn.Module, calls: Sequence[Call]) -> Layer
         packed = pack(prunable.matrix, layout, groups=prunable.groups, name=name)
     except ValueError as error:
         return replace(plan, reason=str(error).removeprefix(f"{name}: "))
-    return _decide_layer(plan, module, packed, calls, getattr(layout, "retained", None))
+    return _decide_layer(plan, module, packed, shapes, getattr(layout, "retained", None))
 
 
 def _decide_layer(
-    plan: LayerPlan, module: nn.Module, packed: HiNMWeight, calls: Sequence[Call], retained: float | None
+    plan: LayerPlan, module: nn.Module, packed: HiNMWeight, shapes: Sequence[tuple[int, ...]], retained: float | None
 ) -> LayerPlan:
-    decision = decide(*[workload_of(module, call.input_shape) for call in calls] or [workload_of(module)])
+    decision = decide(*([workload_of(module, shape) for shape in shapes] or [workload_of(module)]))
     won = f"sparse is {decision.dense_seconds / decision.sparse_seconds:.2f} times as fast on {decision.calls}"
     if plan.converted:
         plan = replace(plan, reason=f"packed; {won}")
@@ -166,21 +160,31 @@ def _identity(module: nn.Module) -> int:
 def time_forward(
     model: nn.Module, layers: Sequence[nn.Module], inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]
 ) -> Forward:
-    """The forward whose time is the median of several, after one for warm-up; what is compiled inside runs eager."""
-    forwards: list[Forward] = []
-    calls: dict[nn.Module, list[Call]] = {}
+    """Medians of several forwards, after one for warm-up; what is compiled inside the model runs in eager mode."""
+    totals: list[float] = []
+    shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
+    seconds: list[dict[nn.Module, float]] = []  # of each forward
     started: dict[nn.Module, float] = {}
     device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
     def before(module: nn.Module, args: tuple[Any, ...], named_args: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(named_args.values()))
+        shapes.setdefault(module, []).append(tuple(x.shape))
         wait_for(device)
         started[module] = time.perf_counter()
 
     def after(module: nn.Module, args: tuple[Any, ...], named_args: dict[str, Any], output: Any) -> None:
         wait_for(device)
-        seconds = time.perf_counter() - started[module]
-        x = args[0] if args else next(iter(named_args.values()))
-        calls.setdefault(module, []).append(Call(tuple(x.shape), seconds))
+        seconds[-1][module] = seconds[-1].get(module, 0.0) + time.perf_counter() - started[module]
+
+    def run() -> None:
+        shapes.clear()
+        seconds.append({})
+        wait_for(device)
+        start = time.perf_counter()
+        model(*inputs, **named_inputs)
+        wait_for(device)
+        totals.append(time.perf_counter() - start)
 
     fast = torch.backends.mha.get_fastpath_enabled()
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
@@ -189,20 +193,18 @@ def time_forward(
         # Its nested tensors would reach the layers, too, and have no shape.
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.compiler.set_stance("force_eager"):
-            model(*inputs, **named_inputs)
+            run()
+            totals.clear(), seconds.clear()  # type: ignore[func-returns-value]
             end = time.perf_counter() + SECONDS
-            while len(forwards) < LEAST or (len(forwards) < MOST and time.perf_counter() < end):
-                calls = {}
-                wait_for(device)
-                start = time.perf_counter()
-                model(*inputs, **named_inputs)
-                wait_for(device)
-                forwards.append(Forward(time.perf_counter() - start, calls))
+            while len(totals) < LEAST or (len(totals) < MOST and time.perf_counter() < end):
+                run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
-    return sorted(forwards, key=lambda forward: forward.seconds)[len(forwards) // 2]
+    rest = statistics.median(total - sum(each.values()) for total, each in zip(totals, seconds, strict=True))
+    medians = {module: statistics.median(each.get(module, 0.0) for each in seconds) for module in shapes}
+    return Forward(rest + sum(medians.values()), medians, shapes)
 
 
 @contextmanager

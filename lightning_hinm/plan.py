@@ -176,7 +176,7 @@ class ModelPlan:
 
     Args:
         layers: the plan of each.
-        seconds: of one forward of the whole model as it stands, in eager mode, with the layers timed inside it; None
+        seconds: of one forward of the whole model as it stands, in eager mode, the layers' own times among them; None
             without inputs.
         notes: what the table cannot say.
     """

@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
         "pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune",
         "ops", "modules", "plan", "store", "passes", "backend", "explain", "callback", "metrics",
     },
-    "__main__": {"explain", "format", "kernels", "ops", "plan"},
+    "__main__": {"explain", "format", "kernels", "ops"},
     # core
     "pattern": set(),
     "layout": {"pattern"},

@@ -1,7 +1,11 @@
+import json
+import os
 import subprocess
 import sys
 from argparse import ArgumentError
+from collections import UserDict
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -9,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_hinm import HiNMPattern, HiNMPruning, load_hinm
 from lightning_hinm import __main__ as command
-from lightning_hinm import load_hinm
 
 RECIPE = f"""
 seed_everything: 0
@@ -49,6 +53,9 @@ class Toy(L.LightningModule):
         self.save_hyperparameters()
         self.net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
     def training_step(self, batch: list[Tensor]) -> Tensor:
         if self.hparams["fail"]:
             raise ValueError("a bug in training_step")
@@ -58,9 +65,39 @@ class Toy(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"])
 
 
+class Other(Toy):
+    def __init__(self, learning_rate: float = 0.1) -> None:
+        super().__init__(learning_rate)
+        self.net = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 16))
+
+
 class Noise(L.LightningDataModule):
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(torch.randn(32, 32, generator=torch.Generator().manual_seed(0))), batch_size=4)
+        numbers = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(numbers), batch_size=self.batch_size)
+
+
+class Narrow(Noise):
+    """What is validated on is set up for ``fit``, and is too narrow for the network."""
+
+    def setup(self, stage: str) -> None:
+        assert stage == "fit"
+        self.narrow = torch.zeros(4, 16)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [DataLoader(TensorDataset(self.narrow))]
+
+
+class Empty(L.LightningDataModule):
+    def predict_dataloader(self) -> list[DataLoader]:
+        return []
+
+
+X = torch.zeros(2, 32)
 
 
 @pytest.fixture
@@ -119,6 +156,108 @@ def test_a_checkpoint_without_layouts_is_not_exported(run, capsys: pytest.Captur
 def test_a_missing_checkpoint_is_an_error_that_names_it(run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("export", "--ckpt", "nowhere.ckpt", "--out", "packed.safetensors") == 2
     assert "nowhere.ckpt" in capsys.readouterr().err
+
+
+def trained() -> str:
+    """A checkpoint as a training of ``RECIPE`` leaves one, made without a training."""
+    model, pruning = Toy(), HiNMPruning(HiNMPattern(8, 0.5), method="identity", saliency="magnitude", include=["net"])
+    options: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[pruning], **options)
+    trainer.fit(model, Noise())
+    trainer.save_checkpoint("trained.ckpt")
+    return "trained.ckpt"
+
+
+def test_a_checkpoint_is_explained_on_a_batch_of_its_recipe(run) -> None:
+    Path("recipe.yaml").write_text(RECIPE)
+    command_line = ["explain", "--config", "recipe.yaml", "--ckpt", trained(), "--json", "plan.json"]
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_hinm", *command_line],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    assert "Toy, on a batch of Noise.train_dataloader()" in out
+    data = json.loads(Path("plan.json").read_text())
+    assert [layer["name"] for layer in data["layers"]] == ["net.0", "net.2"]
+    assert [layer["pattern"]["vector_size"] for layer in data["layers"]] == [8, 8]
+    assert "on 4x32" in data["layers"][0]["reason"]
+    assert data["layers"][0]["calls"] == 1
+    assert data["seconds"] > 0
+    rows = [line for line in out.splitlines() if line.startswith("net.")]
+    assert all(layer["reason"] in row for layer, row in zip(data["layers"], rows, strict=True))
+    assert sorted(path.name for path in Path.cwd().iterdir() if "plan" in path.name) == ["plan.json"]
+
+
+def test_a_recipe_without_data_is_explained_without_inputs(run, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = RECIPE.replace(f"data:\n  class_path: {__name__}.Noise\n", "")
+    assert run("explain", "--config", "recipe.yaml", "--ckpt", trained(), recipe=recipe) == 0
+    out = capsys.readouterr().out
+    assert "the recipe has no data" in out
+    assert "on 128x32" in out
+
+
+def test_what_is_explained_takes_the_options_of_fit(run, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--data.init_args.batch_size", "7")
+    assert run("explain", "--config", "recipe.yaml", "--ckpt", trained(), *options) == 0
+    assert "on 7x32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "right", "wrong", "said"),
+    [
+        ("nowhere.ckpt", "", "", ["nowhere.ckpt"]),
+        ("plain.ckpt", "", "", ["plain.ckpt: has no callback state at all"]),
+        ("trained.ckpt", "class_path: tests.test_main.Toy", "class_path: tests.test_main.Other", ["size mismatch"]),
+        ("trained.ckpt", "class_path: tests.test_main.Noise", "class_path: tests.test_main.Narrow", [
+            "Toy.forward failed on a batch of Narrow.val_dataloader(): RuntimeError", "take `data` out of the recipe",
+        ]),
+        ("trained.ckpt", "class_path: tests.test_main.Noise", "class_path: tests.test_main.Empty", ["none of its"]),
+        ("trained.ckpt", "learning_rate", "lerning_rate", ["Did you mean learning_rate?"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_explained_is_named_in_a_few_lines(
+    run, capsys: pytest.CaptureFixture[str], checkpoint: str, right: str, wrong: str, said: list[str]
+) -> None:
+    assert right in RECIPE
+    trained()
+    torch.save({"state_dict": Toy().state_dict()}, "plain.ckpt")
+    capsys.readouterr()
+    options = ("--json", "plan.json")
+    assert (
+        run(
+            "explain", "--config", "recipe.yaml", "--ckpt", checkpoint, *options, recipe=RECIPE.replace(right, wrong, 1)
+        )
+        == 2
+    )
+    message = capsys.readouterr().err.partition("error: ")[2]
+    assert message.count("\n") <= 5
+    for words in said:
+        assert words in message
+    assert not Path("plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (X, ((X,), {})),
+        ([X, 1], ((X,), {})),
+        ((X, 1), ((X,), {})),
+        ({"x": X, "label": 1}, ((), {"x": X})),
+        (UserDict(x=X, label=1), ((), {"x": X})),
+    ],
+)
+def test_forward_is_given_what_it_takes_of_a_batch(batch: Any, expected: Any) -> None:
+    assert command.inputs_of(batch, Toy()) == expected
+
+
+def test_a_forward_that_takes_all_names_is_given_all() -> None:
+    class Open(nn.Module):
+        def forward(self, **named: Tensor) -> None: ...
+
+    assert command.inputs_of({"x": X, "y": X}, Open()) == ((), {"x": X, "y": X})
 
 
 @pytest.mark.parametrize(
