@@ -17,7 +17,7 @@ from torch import fx, nn
 from lightning_hinm.backend import find_layers, guard_layouts, sparsify_graph
 from lightning_hinm.format import HiNMWeight, pack
 from lightning_hinm.layout import is_in_order
-from lightning_hinm.ops import expanded_bytes
+from lightning_hinm.ops import expanded_bytes, hinm_conv2d, hinm_linear
 from lightning_hinm.passes import find_fused_calls, find_layer_calls, orders_of
 from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind, plain_name
@@ -34,18 +34,19 @@ class Forward(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an order ends, or is stopped: a layer, or the words for what is none. Graphs outlive models."""
+    """Where an order ends, or is stopped: a layer, or the word for what is none. Graphs outlive models."""
 
     layer: "ref[nn.Module] | None"
-    words: str = ""
+    word: str
 
 
 class Fate(NamedTuple):
-    """What a graph does with one call of a layer: ``word`` says what, ``places`` for whom."""
+    """What a graph does with the order of one call of a layer, at which places, and why."""
 
     layer: "ref[nn.Module]"
     word: str
     places: tuple[Place, ...] = ()
+    reason: str = ""
 
 
 class Tracing(NamedTuple):
@@ -56,6 +57,7 @@ class Tracing(NamedTuple):
 
 
 OUT_OF_REACH = "out of reach of"
+SPARSE_OPS = (hinm_linear, hinm_conv2d)
 _tracing: ContextVar[Tracing] = ContextVar("tracing")
 
 
@@ -284,26 +286,26 @@ def _read_fates(gm: fx.GraphModule, example_inputs: Sequence[Any], converted: Ma
         tensor = getattr(gm, str(metadata.target)) if metadata.op == "get_attr" else given.get(metadata)
         return ref(owners[id(tensor)]) if id(tensor) in owners else None
 
+    def place(node: fx.Node) -> Place:
+        if node.target in SPARSE_OPS:
+            return Place(layer_of(node), "a sparse layer")
+        return Place(dense.get(node), _word(node))
+
     orders = orders_of(gm)
-
-    def place(node: fx.Node, reason: str = "") -> Place:
-        reason = f" ({reason})" if reason else ""
-        if node in orders:
-            return Place(layer_of(node), reason)
-        return Place(dense[node], f" (dense){reason}") if node in dense else Place(None, _word(node) + reason)
-
-    for node, fate in orders.items():
-        layer = layer_of(node)
+    for node in gm.graph.nodes:
+        layer = layer_of(node) if node.target in SPARSE_OPS else None
         if layer is None:
             continue
-        if fate.readers:
+        fate = orders.get(node)
+        if fate is None:
+            fates.append(Fate(layer, "restored:", reason="the graph is given it anew at each call"))
+        elif fate.kind == "absorbed":
             fates.append(Fate(layer, "absorbed by", tuple(map(place, fate.readers))))
-        elif fate.obstacle is None:
-            fates.append(Fate(layer, "in order"))
-        elif fate.obstacle is node:
-            fates.append(Fate(layer, "restored:", (Place(None, fate.reason),)))
+        elif fate.kind == "restored":
+            places = () if fate.because is None else (place(fate.because),)
+            fates.append(Fate(layer, "restored:", places, fate.reason))
         else:
-            fates.append(Fate(layer, "restored for", (place(fate.obstacle, fate.reason),)))
+            fates.append(Fate(layer, fate.kind))
     return fates
 
 
@@ -321,7 +323,7 @@ def _add_orders(plans: Sequence[LayerPlan], layers: Mapping[str, nn.Module], fat
 
     def describe(place: Place) -> str:
         layer = None if place.layer is None else place.layer()
-        return (names.get(layer, type(layer).__name__) if layer is not None else "") + place.words
+        return place.word if layer is None else names.get(layer, place.word)
 
     told: dict[int, list[str]] = {}
     stolen: dict[int, str] = {}
@@ -333,7 +335,7 @@ def _add_orders(plans: Sequence[LayerPlan], layers: Mapping[str, nn.Module], fat
         if fate.word == OUT_OF_REACH:
             stolen[_identity(layer)] = who
         else:
-            told.setdefault(_identity(layer), []).append(f"{fate.word} {who}".strip())
+            told.setdefault(_identity(layer), []).append(" ".join(filter(None, (fate.word, who, fate.reason))))
     explained = []
     for plan in plans:
         identity = _identity(layers[plan.name])

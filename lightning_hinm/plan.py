@@ -95,7 +95,7 @@ class LayerPlan:
             compiled keeps its dense weights besides; ``to_hinm(inplace=True)`` frees them.
         retained: kept / total of the saliency that it was pruned by, where that is known.
         order: what a compiled model does with the order of its rows: ``"in order"``, ``"absorbed by ..."`` or
-            ``"restored for ..."``, once for each fate that a call of it meets; None where that is not known.
+            ``"restored: ..."``, once for each fate that a call of it meets; None where that is not known.
         decision: sparse against dense, alone on random numbers; None where there was nothing to decide.
         calls: in one forward on the inputs given; None without inputs.
         measured_seconds: of all these calls inside the model as it stands.

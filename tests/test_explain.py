@@ -161,7 +161,7 @@ def test_a_transformer_encoder_is_explained_with_its_padding(monkeypatch: pytest
     plan = explain(model, torch.randn(2, 5, 32), src_key_padding_mask=padding)
     assert orders(plan) == {
         "layers.0.linear1": "absorbed by layers.0.linear2",
-        "layers.0.linear2": "restored for add",
+        "layers.0.linear2": "restored: add is not known to treat all channels alike",
     }
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -177,7 +177,7 @@ def test_orders_are_absorbed_or_restored_for_a_reader_that_is_named(monkeypatch:
     sparse_wins(monkeypatch)
     plan = explain(mlp(), torch.randn(3, 16))
     assert plan.notes == ()
-    assert orders(plan) == {"0": "absorbed by 2", "2": "absorbed by 3", "3": "restored for 4 (dense)"}
+    assert orders(plan) == {"0": "absorbed by 2", "2": "absorbed by 3", "3": "restored: 4 is dense"}
     assert "absorbed by 2" in str(plan)
 
 
@@ -213,7 +213,7 @@ def test_calls_of_one_layer_may_meet_different_fates(monkeypatch: pytest.MonkeyP
             return self.layer(self.layer(x).relu())
 
     plan = explain(pruned(Model()), torch.randn(3, 16))
-    assert orders(plan) == {"layer": "absorbed by layer; restored for the output"}
+    assert orders(plan) == {"layer": "absorbed by layer; restored: the output is the result of the graph"}
 
 
 class Broken(nn.Module):
@@ -232,7 +232,10 @@ class Broken(nn.Module):
 def test_a_model_that_is_captured_in_parts_is_explained_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse_wins(monkeypatch)
     model = nn.Sequential(pruned(Broken()), pruned(Broken()))
-    expected = {"first": "restored for the output", "third": "restored for the output"}
+    expected = {
+        "first": "restored: the output is the result of the graph",
+        "third": "restored: the output is the result of the graph",
+    }
     for _ in range(12):  # more than the recompilations that Dynamo allows
         plan = explain(model, torch.randn(3, 16))
         assert plan.notes == ()
@@ -327,7 +330,7 @@ def test_a_weight_that_something_else_reads_runs_dense(monkeypatch: pytest.Monke
 
     mixed, called = explain(pruned(Free()), torch.randn(3, 16)).layers
     assert (mixed.path, mixed.bytes, mixed.reason) == ("dense", mixed.dense_bytes, "matmul takes its weight by itself")
-    assert (called.path, called.order) == ("sparse", "restored for the output")
+    assert (called.path, called.order) == ("sparse", "restored: the output is the result of the graph")
 
 
 @pytest.mark.parametrize("first", ["from lightning_hinm.explain import explain", "import lightning_hinm"])

@@ -2,7 +2,8 @@
 
 import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,21 +34,24 @@ SPATIAL = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_poo
 CHANNEL_PARAMETERS = ("running_mean", "running_var", "weight", "bias")  # of a BatchNorm
 
 
-class OrderFate(NamedTuple):
-    """What becomes of the order of one producer's rows.
+@dataclass(frozen=True)
+class OrderFate:
+    """What becomes of the order in which a layer packs its rows.
 
     Args:
-        readers: the sparse ops that can all be told of it; none where there is nothing to restore, or it must be.
-        norms: the BatchNorms on the way to them.
-        obstacle: the node that cannot be told, for which the order is restored; the producer itself, where the graph
-            does not hold the order.
-        reason: why not, where that is more than not being known to treat every channel by itself.
+        kind: ``"in order"``: nothing moves; ``"absorbed"``: the rows stay where they are packed; ``"restored"``: they
+            are written elsewhere.
+        readers: the sparse layers that find their columns by it.
+        because: of a restored order, the node that needs another one.
+        reason: why, in a phrase of which ``because`` is the subject.
+        norms: the BatchNorms on the way to the readers.
     """
 
+    kind: str
     readers: tuple[fx.Node, ...] = ()
-    norms: tuple[fx.Node, ...] = ()
-    obstacle: fx.Node | None = None
+    because: fx.Node | None = None
     reason: str = ""
+    norms: tuple[fx.Node, ...] = ()
 
 
 def absorb_orders_pass(gm: fx.GraphModule) -> fx.GraphModule:
@@ -76,24 +80,28 @@ def absorb_orders_pass(gm: fx.GraphModule) -> fx.GraphModule:
     """
     count = 0
     for node in list(gm.graph.nodes):
-        if node.target in CHANNEL_AXIS and (fate := _follow(gm, node)).readers:
+        if node.target in CHANNEL_AXIS and (fate := _follow(gm, node)).kind == "absorbed":
             _absorb(gm, node, fate)
             count += 1
     return finish_pass(gm, "absorb_orders_pass", count, "orders")
 
 
 def orders_of(gm: fx.GraphModule) -> dict[fx.Node, OrderFate]:
-    """What ``absorb_orders_pass`` would do with the order of every sparse op, by its node; nothing is rewritten."""
-    return {node: _follow(gm, node) for node in gm.graph.nodes if node.target in CHANNEL_AXIS}
+    """What ``absorb_orders_pass`` is about to do with the order of each sparse layer of a sparsified graph.
+
+    Layers whose buffers the graph does not hold itself are missing: their orders are always restored.
+    """
+    ops = [node for node in gm.graph.nodes if node.target in CHANNEL_AXIS]
+    return {node: _follow(gm, node) for node in ops if _buffer(gm, node, "output_order") is not None}
 
 
 def _follow(gm: fx.GraphModule, producer: fx.Node) -> OrderFate:
     """Whether all who read a layer's rows can be told of their order."""
     order = _buffer(gm, producer, "output_order")
     if order is None:
-        return OrderFate(obstacle=producer, reason="the graph is given the order anew at each call")
+        return OrderFate("restored")
     if is_in_order(order):
-        return OrderFate()
+        return OrderFate("in order")
     axis = CHANNEL_AXIS[producer.target]
     carried, readers, norms = {producer}, [], []
     for node in gm.graph.nodes:  # in an order in which inputs come before their users
@@ -101,17 +109,17 @@ def _follow(gm: fx.GraphModule, producer: fx.Node) -> OrderFate:
             continue
         if node.target in CHANNEL_AXIS and node.args[0] in carried and not carried & set(_nodes(node.args[1:])):
             if reason := _refusal(gm, node, axis, order):
-                return OrderFate(obstacle=node, reason=reason)
+                return OrderFate("restored", (), node, reason)
             readers.append(node)
         elif node.op not in ("call_function", "call_method"):
-            return OrderFate(obstacle=node)
+            return _restore_for(node)
         elif node.target in UNARY or (node.target in SPATIAL and axis == -3) or _is_idle_dropout(node):
             if node.args[0] not in carried or _nodes((node.args[1:], node.kwargs)):
-                return OrderFate(obstacle=node)
+                return _restore_for(node)
             carried.add(node)
         elif node.target in BINARY:
             if not all(isinstance(each, (int, float)) or each in carried for each in node.args) or node.kwargs:
-                return OrderFate(obstacle=node)
+                return _restore_for(node)
             carried.add(node)
         elif axis == -1 and node.args[0] in carried and _keeps_last_size(node, len(order)):
             carried.add(node)
@@ -119,8 +127,15 @@ def _follow(gm: fx.GraphModule, producer: fx.Node) -> OrderFate:
             norms.append(node)
             carried.add(node)
         else:
-            return OrderFate(obstacle=node)
-    return OrderFate(tuple(readers), tuple(norms))
+            return _restore_for(node)
+    return OrderFate("absorbed" if readers else "in order", tuple(readers), norms=tuple(norms))
+
+
+def _restore_for(node: fx.Node) -> OrderFate:
+    if node.op == "output":
+        return OrderFate("restored", (), node, "is the result of the graph")
+    dense = node.target in (F.linear, torch.conv1d, torch.conv2d, torch.addmm)
+    return OrderFate("restored", (), node, "is dense" if dense else "is not known to treat all channels alike")
 
 
 def _absorb(gm: fx.GraphModule, producer: fx.Node, fate: OrderFate) -> None:
@@ -166,18 +181,18 @@ def _renumbered(gm: fx.GraphModule, reader: fx.Node, order: Tensor) -> dict[str,
 def _refusal(gm: fx.GraphModule, reader: fx.Node, axis: int, order: Tensor) -> str | None:
     """Why the columns of a reader cannot be renumbered; None if they can."""
     if operand(reader, "groups", 1) != 1:
-        return "channels would change their group"
+        return "reads each group of its channels by itself"
     buffers = [_buffer(gm, reader, name) for name in ("vector_index", "columns")]
     channels = operand(reader, "in_features") if axis == -1 else operand(reader, "in_channels")
     if CHANNEL_AXIS[reader.target] != axis or channels != len(order) or any(buffer is None for buffer in buffers):
-        return "its columns are not these channels"
+        return "has columns that are not these channels"
     window = operand(reader, "window")
     # A convolution is gathered from wherever its columns lie, and so is whatever a CPU runs.
     if axis == -3 or window is None or channels <= 4 * window or operand(reader, "expansion_metadata") is None:
         return None
     index = _held(gm, reader, "columns").to(torch.int64)
     moved = _renumbered(gm, reader, order.to(torch.int64))["columns"].to(torch.int64)
-    return None if torch.equal(index // window, moved // window) else "columns would leave their run"
+    return None if torch.equal(index // window, moved // window) else "reads its columns in runs that the order mixes"
 
 
 def _kernel_size(reader: fx.Node) -> int:
