@@ -167,7 +167,8 @@ def test_linear_reads_any_storage_and_writes_either(
 def test_linear_writes_either_storage_of_rows_that_nothing_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     # As after an absorbed order, in blocks of a few tokens and tiles.
     monkeypatch.setattr("lightning_hinm.ops.product.BLOCK", 4)
-    monkeypatch.setattr("lightning_hinm.ops.product.NUMBERS", 64)
+    for name in ("ROW_NUMBERS", "FEATURE_NUMBERS"):
+        monkeypatch.setattr(f"lightning_hinm.ops.product.{name}", 64)
     weight, packed = masked(24, 18, pattern=PATTERNS[0])
     order = packed.output_order.to(torch.int64)
     x, bias = torch.randn(11, 18), torch.randn(24)

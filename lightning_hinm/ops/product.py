@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands, activate, columns_of_x, restored_rows, tiles
 
-# The CPU takes so many tokens and gathers so many numbers at a time (3 MiB in float32): what is gathered and what comes
-# out of the product then stay in the caches. Of a convolution, which gathers longer runs of memory, 2 MiB are better.
-BLOCK, NUMBERS, COLUMN_NUMBERS = 256, 3 << 18, 1 << 19
+# The CPU takes so many tokens at a time: what is gathered and what comes out of the product then stay in the caches. From
+# features it gathers at most 1.5 MiB at a time, in float32; from rows all that it can, since there every call reads each
+# row anew, up to 16 MiB, beyond which the allocator asks for fresh pages at each call. Of a convolution, 2 MiB.
+BLOCK, FEATURE_NUMBERS, ROW_NUMBERS, COLUMN_NUMBERS = 128, 3 << 17, 1 << 22, 1 << 19
 # Below so many numbers, one thread gathers sooner than several are started.
 PARALLEL_NUMBERS = 1 << 18
 
@@ -90,7 +91,8 @@ def _write_product(expansion: Tensor, tokens: Tensor, columns: Tensor, bias: Ten
     """``[n, I]`` -> ``out``, ``[n, T * V]``: each tile times the columns that it keeps; both in either storage."""
     count, height, p = expansion.shape
     n = tokens.shape[0]
-    step = max(NUMBERS // (p * n), 1) if tokens.device.type == "cpu" else count
+    most = ROW_NUMBERS if tokens.stride(1) == 1 else FEATURE_NUMBERS
+    step = max(most // (p * n), 1) if tokens.device.type == "cpu" else count
     for first in range(0, count, step):
         some = expansion[first : first + step]
         gathered = _take_columns(tokens, columns[first * p : (first + step) * p])  # [n, t * P]
