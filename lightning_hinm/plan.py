@@ -45,6 +45,9 @@ class Workload:
         dilation: as for ``F.conv2d``.
         groups: channel groups of a convolution.
         threads: of the CPU.
+        restored: whether the rows are written back in the order of the channels: no reader has absorbed theirs.
+        feature_major: whether the input of a linear layer lies so.
+        feature_major_out: whether its result shall.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +60,9 @@ class Workload:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     threads: int = 1
+    restored: bool = True
+    feature_major: bool = False
+    feature_major_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,7 +299,8 @@ def predict(workload: Workload) -> dict[str, Choice]:
         return {}
     gpu = cost.gpu_of(device)
     if len(shape) == 2:
-        call = cost.Call(pattern, *shape, math.prod(workload.input_shape[:-1]))
+        storage = workload.feature_major, workload.feature_major_out
+        call = cost.Call(pattern, *shape, math.prod(workload.input_shape[:-1]), *storage)
     else:
         *_, height, width = workload.input_shape
         spatial = zip((height, width), shape[2:], workload.stride, workload.padding, workload.dilation, strict=True)
@@ -335,10 +342,12 @@ def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tenso
 
     shape, pattern, groups = workload.shape, workload.pattern, workload.groups
     x, weight, bias = numbers(*workload.input_shape), numbers(*shape), numbers(shape[0])
-    packed = random_weight(shape, pattern, workload.dtype, generator, groups=groups)
+    packed = random_weight(shape, pattern, workload.dtype, generator, groups=groups, restored=workload.restored)
     operands = (*packed.tensors.values(), bias, *expand_all(packed, groups=groups).values())
     if len(shape) == 2:
-        return (lambda: F.linear(x, weight, bias)), (lambda: hinm_linear(x, *operands, shape[1], *pattern.fields))
+        stored = x.movedim(-1, 0).contiguous().movedim(0, -1) if workload.feature_major else x
+        tail = (shape[1], *pattern.fields, "none", workload.feature_major_out)
+        return (lambda: F.linear(x, weight, bias)), (lambda: hinm_linear(stored, *operands, *tail))
     spatial = (workload.stride, workload.padding, workload.dilation)
     geometry = (shape[1] * groups, *shape[2:], *(size for pair in spatial for size in pair), groups)
     return (

@@ -1,5 +1,6 @@
 """What runs sparse and what dense: no test here depends on which of the two is faster."""
 
+import itertools
 import json
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hinm import HiNMPattern, prune, to_hinm
+from lightning_hinm.ops import hinm_linear
 from lightning_hinm.plan import COLUMNS, Decision, LayerPlan, ModelPlan, Workload, decide, measure, workload_of
 
 PATTERN = HiNMPattern(vector_size=8)
@@ -66,6 +68,21 @@ def test_every_kind_of_layer_can_be_timed(net: Net, name: str, dtype: torch.dtyp
     assert workload.dtype == dtype
     assert all(seconds > 0 for seconds in measure(workload))
     assert measure(workload) == measure(workload)  # once in a process
+
+
+def test_a_layer_is_timed_in_the_storage_and_the_order_that_a_graph_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def record(x: torch.Tensor, *operands: Any) -> torch.Tensor:
+        seen.append((x.stride(1) != 1, operands[-1], operands[8].numel() > 0))  # operands[8]: restore
+        return hinm_linear(x, *operands)
+
+    monkeypatch.setattr("lightning_hinm.plan.hinm_linear", record)
+    for flags in itertools.product([False, True], repeat=3):
+        reads, writes, restored = flags
+        storage = {"restored": restored, "feature_major": reads, "feature_major_out": writes}
+        measure(Workload((24, 20), PATTERN, (3, 20), torch.float32, CPU, **storage))
+        assert seen.pop() == flags
 
 
 def test_a_measurement_leaves_the_global_generator_alone() -> None:
