@@ -279,6 +279,8 @@ def test_a_forward_that_takes_all_names_is_given_all() -> None:
         ("magnitude", "magnitud", ["saliency", "'magnitude'", "Got value: magnitud"]),
         ("saliency", "salience", ["'salience'", "Did you mean saliency?"]),
         ("[net]", "[nett]", ["nett"]),
+        ("[net]", "[net]\n        shared_orders: [[net.0, nett]]", ["shared_orders[0]: 'nett' matches no"]),
+        ("[net]", "[net]\n        shared_orders: 7", ["shared_orders", "7"]),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named_in_a_few_lines(

@@ -19,8 +19,10 @@ from trainings import (
     FOREIGN,
     ONE_SHOT,
     PATTERN,
+    SETS,
     Batches,
     Endless,
+    Stream,
     Tiny,
     TwoOptimizers,
     Watch,
@@ -35,10 +37,12 @@ from trainings import (
 )
 
 from lightning_hinm.callback import Choice, HiNMPruning
+from lightning_hinm.callback.update import generator_of
+from lightning_hinm.gyro import search_shared
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import hinm_mask, keep_top
 from lightning_hinm.pattern import HiNMPattern
-from lightning_hinm.prune import PrunableLayer, layout_of
+from lightning_hinm.prune import PrunableLayer, layout_of, prune
 from lightning_hinm.schedule import GradualSchedule
 
 pytestmark = FOREIGN
@@ -171,6 +175,70 @@ def test_masks_nest_and_obey_the_schedule_until_the_target_is_reached(pattern: H
             assert torch.equal(old[name].output_order, new[name].output_order)
             if old[name].pattern.n < pattern.m:
                 assert torch.equal(old[name].vector_index, new[name].vector_index)
+
+
+@pytest.mark.parametrize("saliency", ["taylor", "magnitude"])
+@pytest.mark.parametrize("pattern", [PATTERN, HiNMPattern(4, 0.5, 4, 4), HiNMPattern(4, 0.0)], ids=str)
+def test_layers_that_share_an_order_have_it_from_the_first_update_to_the_last(
+    pattern: HiNMPattern, saliency: Any
+) -> None:
+    callback = pruning_of(pattern=pattern, method="exchange", saliency=saliency, shared_orders=SETS)
+    seen: list[tuple[dict[str, Tensor], dict[str, HiNMLayout]]] = []
+
+    def look(trainer: Trainer, model: Any) -> None:
+        if callback.masks and (not seen or callback.layouts["net.0"].pattern != seen[-1][1]["net.0"].pattern):
+            seen.append(({name: mask.clone() for name, mask in callback.masks.items()}, callback.layouts))
+
+    assert_target(fit(callback, Watch(look), model=Stream()), callback, pattern)
+    assert len(seen) >= 2
+    first = seen[0][1]["net.0"].output_order
+    assert not torch.equal(first, torch.arange(24))
+    assert all(torch.equal(layouts[name].output_order, first) for _, layouts in seen for name in SETS[0])
+    for (before, _), (after, layouts) in pairwise(seen):
+        assert not any((after[name] & ~before[name]).any() for name in before)
+        assert all(is_legal(mask, layouts[name]) for name, mask in after.items())
+
+
+def test_a_layer_outside_all_sets_is_pruned_as_if_there_were_none() -> None:
+    alone, beside = (pruning_of(method="exchange", saliency="magnitude", schedule=ONE_SHOT, shared_orders=sets)
+                     for sets in ((), SETS))  # fmt: skip
+    for callback in (alone, beside):
+        fit(callback, model=Stream())
+    assert_same(alone.masks["net.4"], beside.masks["net.4"])
+    assert not torch.equal(alone.layouts["net.0"].output_order, alone.layouts["net.2"].output_order)
+
+
+def test_what_a_set_finds_in_one_update_is_what_the_search_finds() -> None:
+    given = {f"net.{i}": torch.rand(shape, generator=torch.Generator().manual_seed(i)) ** 3
+             for i, shape in {0: (24, 16), 2: (24, 24), 4: (10, 24)}.items()}  # fmt: skip
+    callback = pruning_of(method="exchange", saliency=given, schedule=ONE_SHOT, shared_orders=SETS)
+    fit(callback, model=Stream())
+    found = search_shared(
+        [given[name] for name in SETS[0]], [PATTERN] * 2, generator=generator_of(callback.seed, "net.0", update=1)
+    )
+    for name, result, entry in zip(SETS[0], found, callback.report.pruned, strict=False):
+        assert entry.name == name
+        assert torch.equal(callback.masks[name], hinm_mask(given[name], result.layout))
+        assert callback.layouts[name].retained == entry.retained == pytest.approx(result.retained)
+
+
+def test_a_layer_that_was_pruned_before_keeps_its_own_order_and_says_so(lines: list[str]) -> None:
+    model, callback = Stream(), pruning_of(method="exchange", shared_orders=SETS)
+    prune(model, PATTERN, include=["net.2"])
+    own = layout_of(model.net[2]).output_order
+    assert_target(fit(callback, model=model), callback)
+    assert torch.equal(callback.layouts["net.2"].output_order, own)
+    assert not torch.equal(callback.layouts["net.0"].output_order, own)
+    (said,) = [line for line in lines if "pruned already" in line]
+    assert "net.2 is pruned already" in said
+    assert "its rows keep their own order, whatever it was to share one with" in said
+
+
+def test_layers_that_cannot_share_an_order_are_refused_before_the_first_step() -> None:
+    model = Stream()
+    with pytest.raises(ValueError, match=r"shared_orders\[0\]: one order needs one number of rows.*'net\.4': 10"):
+        fit(pruning_of(shared_orders=[["net"]]), model=model)
+    assert sparsity_of(model.net[0].weight) == 0
 
 
 @pytest.mark.parametrize("method", ["identity", "gyro", "exchange"])

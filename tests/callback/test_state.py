@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from trainings import (
     FOREIGN,
     PATTERN,
+    SETS,
     Batches,
+    Stream,
     Tiny,
     Watch,
     assert_same,
@@ -61,6 +63,32 @@ def test_a_resumed_training_is_bit_equal_to_one_never_stopped(stop: int, salienc
     for one, two in zip(whole.callbacks[0].report.pruned, callback.report.pruned, strict=True):
         assert (one.sparsity, one.retained) == (two.sparsity, two.retained)
         assert layout_of(layers_of(model)[two.name]).retained == two.retained < 1
+
+
+@pytest.mark.parametrize("stop", [1, 6, 11, 17])
+def test_a_resumed_training_with_shared_orders_is_bit_equal(stop: int, tmp_path: Path) -> None:
+    def callback() -> HiNMPruning:
+        schedule = GradualSchedule(0.1, 0.8, 4)
+        return pruning_of(saliency_steps=4, schedule=schedule, method="exchange", shared_orders=SETS)
+
+    whole = trainer_of(callback(), ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_top_k=-1))
+    whole.fit(Stream(), Batches())
+    (path,) = tmp_path.glob(f"*step={stop}.ckpt")
+    second, model = callback(), Stream()
+    resumed = trainer_of(second)
+    resumed.fit(model, Batches(), ckpt_path=path)
+    assert_same(final_state(whole), final_state(resumed))
+    assert_target(model, second)
+    assert torch.equal(second.layouts["net.0"].output_order, second.layouts["net.2"].output_order)
+
+
+def test_orders_that_were_searched_apart_cannot_be_shared_by_a_resume(tmp_path: Path) -> None:
+    settings = {"method": "exchange", "schedule": GradualSchedule(0.1, 0.8, 4)}
+    fit(pruning_of(**settings), ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1), model=Stream())
+    (path,) = tmp_path.glob("*step=6.ckpt")
+    model, trainer = Stream(), trainer_of(pruning_of(**settings, shared_orders=SETS))
+    with pytest.raises(ValueError, match=r"net\.0, net\.2: the callback lets them share one order, but the checkpoint"):
+        trainer.fit(model, Batches(), ckpt_path=path)
 
 
 def test_a_state_from_before_layouts_knew_what_they_retained_is_resumed_without_inventing_it(tmp_path: Path) -> None:

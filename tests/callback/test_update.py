@@ -12,7 +12,9 @@ from trainings import (
     FOREIGN,
     ONE_SHOT,
     PATTERN,
+    SETS,
     Batches,
+    Stream,
     Tiny,
     Watch,
     assert_same,
@@ -25,6 +27,7 @@ from trainings import (
 from lightning_hinm.callback import Choice, HiNMPruning, update
 from lightning_hinm.callback.state import fresh_state
 from lightning_hinm.callback.update import gather_taylor_, saliency_of, search_layers, settle_saliency_
+from lightning_hinm.gyro import search, search_shared
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import retained
 from lightning_hinm.prune import PrunableLayer, find_layers
@@ -68,8 +71,8 @@ def test_two_processes_agree_on_every_mask_layout_and_weight(tmp_path: Path) -> 
 def test_two_processes_find_bit_for_bit_what_one_finds(tmp_path: Path) -> None:
     def run(folder: Path, **settings: Any) -> None:
         folder.mkdir()
-        callback = pruning_of(method="exchange", saliency="magnitude", schedule=ONE_SHOT)
-        trainer_of(callback, Deposit(callback, folder), **settings).fit(Tiny(), Batches())
+        callback = pruning_of(method="exchange", saliency="magnitude", schedule=ONE_SHOT, shared_orders=SETS)
+        trainer_of(callback, Deposit(callback, folder), **settings).fit(Stream(), Batches())
 
     run(tmp_path / "one")
     run(tmp_path / "two", strategy=DDPStrategy(start_method="spawn", process_group_backend="gloo"), devices=2)
@@ -78,6 +81,7 @@ def test_two_processes_find_bit_for_bit_what_one_finds(tmp_path: Path) -> None:
     for kind in ("masks", "orders", "indices"):
         for name, tensor in one[kind].items():
             assert torch.equal(tensor, two[kind][name])
+    assert torch.equal(one["orders"]["net.0"], one["orders"]["net.2"])
 
 
 def ranks_of(strategy: Any, rank: int = 0) -> Any:
@@ -105,6 +109,34 @@ def test_every_rank_searches_its_share_and_is_told_the_rest() -> None:
     for rank in (0, 1):  # what each rank gets
         found = search_layers(sets, share, choose, state, "magnitude", ranks_of(strategy, rank), None)
         assert found == {"net.0": sent[0], "net.2": sent[1]}
+
+
+def test_one_rank_searches_the_whole_of_a_set_and_goes_on_from_its_layouts() -> None:
+    layers, _ = find_layers(Stream(), PATTERN)
+    sets, state, asked = [layers[:2], layers[2:]], fresh_state(layers), []
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+
+    def share(together: Any, scores: Any, time_budget: float | None) -> Any:
+        asked.append([layer.name for layer in together])
+        assert all(torch.equal(score, layer.matrix.abs()) for score, layer in zip(scores, together, strict=True))
+        return [search(score, PATTERN, method="identity", output_order=order) for score in scores]
+
+    def choose(layer: PrunableLayer, layout: HiNMLayout | None, time_budget: float | None) -> Choice:
+        asked.append((layer.name, layout is not None and torch.equal(layout.output_order, order)))
+        return Choice(layer.matrix > 0, layout)
+
+    sent: dict[str, Any] = {}
+    strategy = SimpleNamespace(broadcast=lambda found, src: found)
+    for rank, expected in enumerate(
+        [[["net.0", "net.2"], ("net.0", True), ("net.2", True)], [("net.4", False)]],
+    ):
+        asked.clear()
+        found = search_layers(sets, share, choose, state, "magnitude", ranks_of(strategy, rank), None)
+        assert asked == expected
+        sent |= {name: one for name, one in found.items() if one is not None}
+    assert list(sent) == ["net.0", "net.2", "net.4"]
+    sizes = [layer.weight.numel() for layer in layers[:2]]
+    assert sent["net.0"].seconds / sent["net.2"].seconds == pytest.approx(sizes[0] / sizes[1])
 
 
 def test_sums_of_ranks_become_their_mean_also_where_one_rank_has_none() -> None:
@@ -180,3 +212,19 @@ def test_a_time_budget_is_shared_out_by_size_and_its_end_is_reported() -> None:
     assert budgets["net.0"] == pytest.approx(100 * 384 / (384 + 240), rel=0.01)
     assert budgets["net.2"] == pytest.approx(100, rel=0.01)  # the first has left almost all of its share
     assert [entry.ended_by_budget for entry in callback.report.pruned] == [False, True]
+
+
+def test_a_set_gets_the_budget_of_all_its_layers_and_each_says_that_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[float] = []
+
+    def short(*args: Any, time_budget: float, **settings: Any) -> Any:
+        budgets.append(time_budget)
+        return search_shared(*args, time_budget=0.0, **settings)
+
+    monkeypatch.setattr(update, "search_shared", short)
+    callback = pruning_of(
+        method="exchange", schedule=ONE_SHOT, saliency="magnitude", time_budget=100.0, shared_orders=SETS
+    )
+    fit(callback, model=Stream())
+    assert budgets == [pytest.approx(100 * (384 + 576) / (384 + 576 + 240), rel=0.01)]
+    assert [entry.ended_by_budget for entry in callback.report.pruned] == [True, True, False]

@@ -87,6 +87,19 @@ class Tiny(LightningModule):
         return self.optimizer(self.parameters(), **self.settings)
 
 
+class Stream(Tiny):
+    """Two layers with as many rows, ``SETS``, and one with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10))
+
+
+SETS = [["net.0", "net.2"]]
+
+
 class Watch(Callback):
     """Calls a function after every batch."""
 
