@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands, activate, columns_of_x, restored_rows, tiles
 
-# The CPU takes so many tokens at a time: what is gathered and what comes out of the product then stay in the caches. From
-# features it gathers at most 1.5 MiB at a time, in float32; from rows all that it can, since there every call reads each
-# row anew, up to 16 MiB, beyond which the allocator asks for fresh pages at each call. Of a convolution, 2 MiB.
+# The CPU takes so many tokens at a time: what is gathered and what comes out of the product then stay in the caches.
+# From features it gathers at most 1.5 MiB at a time, in float32; from rows all that it can, since there every call
+# reads each row anew, up to 16 MiB, beyond which the allocator asks for fresh pages at each call. Of a convolution,
+# 2 MiB.
 BLOCK, FEATURE_NUMBERS, ROW_NUMBERS, COLUMN_NUMBERS = 128, 3 << 17, 1 << 22, 1 << 19
 # Below so many numbers, one thread gathers sooner than several are started.
 PARALLEL_NUMBERS = 1 << 18
