@@ -3,28 +3,27 @@
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from lightning_hinm.layout import HiNMLayout
-from lightning_hinm.modules import HiNMLayer, pack_layer, pack_weight
-from lightning_hinm.ops import hinm_conv2d, hinm_linear, warn_once
+from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer, pack_layer, pack_weight
+from lightning_hinm.ops import EXPANDED, hinm_conv2d, hinm_linear, warn_once
 from lightning_hinm.passes import (
     LayerCall,
     absorb_orders_pass,
-    feature_major_islands_pass,
     find_fused_calls,
     find_layer_calls,
     fuse_activations_pass,
-    shape_of,
+    lift_tensors_pass,
     sparsify_layers_pass,
     unfuse_encoder_layers_pass,
 )
 from lightning_hinm.pattern import layer_kind
-from lightning_hinm.plan import decide, workload_of
+from lightning_hinm.plan import TOKENS, decide, workload_of
 from lightning_hinm.prune import LAYOUT_ATTRIBUTE, layout_of
 
 log = logging.getLogger(__name__)
@@ -68,11 +67,13 @@ class PackedTwin:
         log.info("hinm: repacked %s", self.name)
 
 
-class TracedLayer(NamedTuple):
-    """A layer that Dynamo met: ``source`` is the path by which it got there."""
+class TracedTensor(NamedTuple):
+    """A module's tensor that Dynamo met, and its key there; ``source`` is Dynamo's path to the module."""
 
-    name: str
+    tensor: Tensor
+    key: str
     module: nn.Module
+    name: str
     source: Any
 
 
@@ -85,8 +86,9 @@ def hinm_backend(
 ) -> Callable[..., Any]:
     """The backend ``"hinm"`` of ``torch.compile``.
 
-    Layers that carry a layout run as ``hinm::linear`` and ``hinm::conv2d``. A graph that needs gradients is compiled
-    dense, as it stands. Each call checks that the weights are still those that were packed, and packs anew if not.
+    Layers that carry a layout run as ``hinm::linear`` and ``hinm::conv2d``, in the same graph as those that ``to_hinm``
+    has converted. A graph that needs gradients is compiled dense, as it stands. Each call checks that the weights are
+    still those that were packed, and packs anew if not.
 
     Args:
         gm: from Dynamo; rewritten in place.
@@ -105,7 +107,13 @@ def hinm_backend(
     if plan == "dense":
         return inner(gm, example_inputs)
     calls = find_layer_calls(gm) + find_fused_calls(gm)
-    layers = find_layers(gm, example_inputs)
+    traced = _trace_tensors(gm, example_inputs)
+    layers = {node: each for node, each in traced.items() if each.key == "weight" and layer_kind(each.module)}
+    converted = {
+        node: each
+        for node, each in traced.items()
+        if isinstance(each.module, HiNMLayer) and each.key in (*PACKED_TENSORS, *EXPANDED)
+    }
     layouts = {node: layout for node, layer in layers.items() if (layout := layout_of(layer.module)) is not None}
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         idle = [layers[node].name for node in layouts if not layers[node].module.training]
@@ -115,14 +123,22 @@ def hinm_backend(
                 f"({_few(idle)}). For inference, call the model under torch.inference_mode()."
             )
         return inner(gm, example_inputs)
-    guard_layouts(layers.values())
-    if not layouts:
+    for each in layers.values():
+        _guard(each.source, each.module, LAYOUT_ATTRIBUTE)
+    for each in {each.module: each for each in converted.values()}.values():
+        _guard(each.source, each.module, "packing")
+    if not layouts and not converted:
         _warn_without_layout(gm, calls)
         return inner(gm, example_inputs)
     reached = {call.weight for call in calls}
     _warn_out_of_reach({layers[node].name: node for node in layouts if node not in reached})
-    twins = sparsify_graph(gm, {node: layers[node] for node in layouts if node in reached}, plan, _twins)
-    feature_major_islands_pass(fuse_activations_pass(absorb_orders_pass(gm)))
+    twins = _make_twins(layers, {node: layout for node, layout in layouts.items() if node in reached})
+    if plan == "auto":
+        twins = {node: twin for node, twin in twins.items() if _pays(node, twin, calls)}
+    packed = {node.name: twin.layer for node, twin in twins.items()}
+    lift_tensors_pass(gm, {node.name: each.tensor for node, each in converted.items()})
+    sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
+    fuse_activations_pass(absorb_orders_pass(gm))
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     checks = [(positions[node], twin) for node, twin in twins.items()]
     compiled = inner(gm, example_inputs)
@@ -134,35 +150,6 @@ def hinm_backend(
         return compiled(*args)
 
     return run
-
-
-def sparsify_graph(
-    gm: fx.GraphModule,
-    layers: Mapping[fx.Node, TracedLayer],
-    plan: str,
-    twins: MutableMapping[HiNMLayout, PackedTwin],
-) -> dict[fx.Node, PackedTwin]:
-    """The calls of pruned layers become sparse ops; all of their orders are still restored.
-
-    Args:
-        gm: from Dynamo; rewritten in place.
-        layers: pruned layers, by the placeholder of their weight.
-        plan: ``"auto"`` leaves a layer dense where that is faster, ``"sparse"`` never.
-        twins: those that exist; new ones are added.
-
-    Returns:
-        The twins that the graph holds now.
-
-    Raises:
-        ValueError: for weights that are not zero outside their pattern; all offenders in one message.
-    """
-    made = _make_twins(layers, twins)
-    if plan == "auto":
-        calls = find_layer_calls(gm) + find_fused_calls(gm)
-        made = {node: twin for node, twin in made.items() if _pays(node, twin, calls)}
-    packed = {node.name: twin.layer for node, twin in made.items()}
-    sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
-    return made
 
 
 def repack(model: nn.Module) -> None:
@@ -196,25 +183,25 @@ def _read_options(options: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _make_twins(
-    layers: Mapping[fx.Node, TracedLayer], twins: MutableMapping[HiNMLayout, PackedTwin]
+    layers: Mapping[fx.Node, TracedTensor], layouts: Mapping[fx.Node, HiNMLayout]
 ) -> dict[fx.Node, PackedTwin]:
-    """The packed twin of each pruned layer, shared with the graphs that were compiled before."""
-    made, wrong = {}, []
-    for node, (name, module, _) in layers.items():
-        layout, weight = layout_of(module), module.weight
-        assert layout is not None and isinstance(weight, Tensor), "only pruned layers come here"  # noqa: S101, PT018
-        twin = twins.get(layout)
+    """The packed twin of each layer, shared with the graphs that were compiled before."""
+    twins, wrong = {}, []
+    for node, layout in layouts.items():
+        name, module = layers[node].name, layers[node].module
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        twin = _twins.get(layout)
         try:
             if twin is None or not twin.fits(weight):
-                twin = twins[layout] = PackedTwin(name, module, layout)
+                twin = _twins[layout] = PackedTwin(name, module, layout)
             elif not twin.is_fresh(weight):
                 twin.repack(weight)
-            made[node] = twin
+            twins[node] = twin
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
         raise ValueError("Nothing was compiled:\n  " + "\n  ".join(wrong))
-    return made
+    return twins
 
 
 def _repack_all(stale: Sequence[tuple[PackedTwin, Tensor]]) -> None:
@@ -230,45 +217,52 @@ def _repack_all(stale: Sequence[tuple[PackedTwin, Tensor]]) -> None:
 
 def _pays(node: fx.Node, twin: PackedTwin, calls: Sequence[LayerCall]) -> bool:
     """Whether all calls of a layer together are faster sparse, on the shapes that Dynamo saw."""
-    workloads = []
+    decisions = []
     for call in calls:
-        shape = shape_of(call.x) if call.weight is node else None
-        if shape is not None:
+        if call.weight is node and "example_value" in call.x.meta:
+            shape = tuple(_hint(size) for size in call.x.meta["example_value"].shape)
             if call.kind == "linear":  # x of a fused call is the input of what it is fused into
                 shape = (*shape[:-1], twin.layer.shape[1])
-            workloads.append(workload_of(twin.layer, shape))
-    decision = decide(*workloads)
-    log.info("hinm: %s runs %s: %s", twin.name, decision.path, decision.reason)
-    return decision.path == "sparse"
+            decisions.append(decide(workload_of(twin.layer, shape)))
+    pays = sum(d.sparse_seconds for d in decisions) < sum(d.dense_seconds for d in decisions)
+    pays = pays and any(d.path == "sparse" for d in decisions)
+    reasons = "; ".join(d.reason for d in decisions)
+    log.info("hinm: %s runs %s: %s", twin.name, "sparse" if pays else "dense", reasons)
+    return pays
 
 
-def find_layers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, TracedLayer]:
-    """The prunable layer of each placeholder that is such a layer's weight.
+def _hint(size: Any) -> int:
+    """A dynamic size stands for the one that was seen."""
+    return size if isinstance(size, int) else int(size.node.hint or TOKENS)
 
-    A parameter does not know its module, and a copied module is not its original. Dynamo knows by which path it reached
-    each parameter, so that path is walked again, and what it leads to is checked by identity.
+
+def _trace_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, TracedTensor]:
+    """The module of each placeholder that is a module's parameter or buffer.
+
+    A tensor does not know its module, and a copied module is not its original. Dynamo knows by which path it reached
+    each tensor, so that path is walked again, and what it leads to is checked by identity.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    layers = {}
+    traced = {}
     for node, example in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         source = getattr(node.meta.get("grapharg"), "source", None)
-        if source is None or not isinstance(example, nn.Parameter):
+        if source is None or not isinstance(example, Tensor):
             continue
         try:
             output = InstructionTranslator.current_tx().output
-            source = source.base.base  # from ``._parameters["weight"]`` to its module
+            key, source = source.index, source.base.base  # from ``._parameters["weight"]`` to its module
             module, name = _walk(source, output.local_scope, output.global_scope)
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             log.debug("hinm: %s is reached by a path that cannot be walked: %r", node.name, error)
             continue
-        if isinstance(module, nn.Module) and layer_kind(module) and module._parameters.get("weight") is example:
-            layers[node] = TracedLayer(name or type(module).__name__, module, source)
-    return layers
+        if isinstance(module, nn.Module) and (module._parameters | module._buffers).get(key) is example:
+            traced[node] = TracedTensor(example, key, module, name or type(module).__name__, source)
+    return traced
 
 
-def guard_layouts(layers: Iterable[TracedLayer]) -> None:
-    """Has Dynamo compile anew where a layout is another one, or there is one at last.
+def _guard(source: Any, module: nn.Module, attribute: str) -> None:
+    """Has Dynamo compile anew where an attribute of a module is another object, or there is one at last.
 
     Dynamo shares a graph between all modules of a class, whose layouts differ. As for any object that a graph is
     specialised on, its limit of recompilations then counts for each root module on its own.
@@ -276,17 +270,15 @@ def guard_layouts(layers: Iterable[TracedLayer]) -> None:
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import AttrSource, LocalSource
 
-    for layer in layers:
-        if layout_of(layer.module) is None:
-            absent = functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=LAYOUT_ATTRIBUTE)
-            install_guard(layer.source.make_guard(absent))
-            continue
-        install_guard(AttrSource(layer.source, LAYOUT_ATTRIBUTE).make_guard(GuardBuilder.ID_MATCH))
-        root = layer.source
-        while hasattr(root, "base"):
-            root = root.base
-        if isinstance(root, LocalSource):
-            install_guard(root.make_guard(GuardBuilder.ID_MATCH))
+    if attribute not in module.__dict__:
+        absent = functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute)
+        install_guard(source.make_guard(absent))
+        return
+    install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.ID_MATCH))
+    while hasattr(source, "base"):
+        source = source.base
+    if isinstance(source, LocalSource):
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def _walk(source: Any, local_scope: Mapping[str, Any], global_scope: Mapping[str, Any]) -> tuple[Any, str]:

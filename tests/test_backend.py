@@ -17,6 +17,7 @@ from torch.profiler import profile
 
 import lightning_hinm.backend
 from lightning_hinm import HiNMPattern, prune, repack, save_hinm, to_hinm
+from lightning_hinm.ops import EXPANDED
 from lightning_hinm.prune import layout_of
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -438,6 +439,106 @@ def test_a_converted_model_that_is_reloaded_after_compiling_is_followed(net: Net
     with torch.inference_mode():
         assert_same(function, other, X)
         assert not torch.allclose(function(X), old)
+
+
+def chain() -> Any:
+    """Layers whose orders are absorbed: each model has orders of its own."""
+    layers = [nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)]
+    model = nn.Sequential(*layers).eval()
+    prune(model, PATTERN)
+    return model
+
+
+def test_a_converted_model_that_takes_another_layout_is_compiled_anew() -> None:
+    converted, x = to_hinm(chain()), torch.randn(3, 16)
+    function = compiled(converted)
+    with torch.inference_mode():
+        function(x)
+    for assign in (False, True, False):
+        other = chain()
+        converted.load_state_dict(to_hinm(other).state_dict(), assign=assign)
+        with torch.inference_mode():
+            assert_same(function, other, x, calls=3)
+    for i in (0, 2, 4):
+        converted[i].repack(to_hinm(chain())[i].packed)
+        with torch.inference_mode():
+            assert_same(function, converted, x, calls=3)
+
+
+def test_values_of_a_converted_model_that_change_in_place_compile_nothing_anew() -> None:
+    model, x = chain(), torch.randn(3, 16)
+    converted = to_hinm(model)
+    function = compiled(converted)
+    with torch.inference_mode():
+        old = function(x)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+        converted[2].values.mul_(2)
+    repack(function)
+    with torch.inference_mode():
+        assert_same(function, model, x, calls=3)
+        assert not torch.allclose(function(x), old)
+    converted[2].repack(to_hinm(model)[2].packed)
+    with torch.inference_mode():
+        assert_same(function, model, x, calls=3)
+    for _ in range(10):
+        with torch.no_grad():
+            model[2].weight.mul_(0.5)
+        converted.load_state_dict(to_hinm(model).state_dict())
+        with torch.inference_mode():
+            assert_same(function, model, x, calls=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_converted_model_that_changes_dtype_and_back_is_followed() -> None:
+    model, x = chain(), torch.randn(3, 16)
+    converted = to_hinm(model)
+    function = compiled(converted)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype), converted.to(dtype)  # type: ignore[func-returns-value]
+        with torch.inference_mode():
+            assert_same(function, model, x.to(dtype), calls=3)
+
+
+def test_converted_models_of_one_class_each_have_their_own_graph() -> None:
+    models, x = [chain() for _ in range(10)], torch.randn(3, 16)  # more than Dynamo's limit of recompilations
+    functions = [compiled(to_hinm(model)) for model in models]
+    with torch.inference_mode():
+        for _ in range(2):
+            for function, model in zip(functions, models, strict=True):
+                assert_same(function, model, x, calls=3)
+
+
+def test_a_copy_of_a_compiled_converted_model_is_a_model_of_its_own() -> None:
+    model, other, x = chain(), chain(), torch.randn(3, 16)
+    function = compiled(to_hinm(model))
+    with torch.inference_mode():
+        function(x)
+    copied = copy.deepcopy(function)
+    copied.load_state_dict({f"_orig_mod.{name}": tensor for name, tensor in to_hinm(other).state_dict().items()})
+    with torch.inference_mode():
+        for _ in range(2):
+            assert_same(copied, other, x, calls=3)
+            assert_same(function, model, x, calls=3)
+
+
+def test_a_model_may_be_converted_in_part(net: Net) -> None:
+    half = copy.deepcopy(net)
+    half.conv2, half.linear = to_hinm(half.conv2), to_hinm(half.linear)
+    with torch.inference_mode():
+        assert_same(compiled(half), net, X)
+
+
+def test_a_graph_holds_no_packed_tensor_that_its_layer_has_let_go() -> None:
+    converted, x = to_hinm(chain()), torch.randn(3, 16)
+    function = compiled(converted)
+    with torch.inference_mode():
+        function(x)
+    held = [weakref.ref(layer._buffers[name]) for layer in converted[::2] for name in EXPANDED[:1]]
+    converted.load_state_dict(to_hinm(chain()).state_dict())
+    gc.collect()
+    assert not any(tensor() is not None for tensor in held)
 
 
 @pytest.mark.parametrize("grad", [False, True])

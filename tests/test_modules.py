@@ -1,8 +1,10 @@
 """Packed layers and to_hinm: a converted model computes what the pruned one computes, and stays a proper module."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -147,6 +149,37 @@ def test_conversion_keeps_hooks_and_the_training_flag(net: Net) -> None:
     assert not converted.linear.training
 
 
+def living_bytes() -> int:
+    """Bytes behind all tensors that anybody still holds; what several tensors share is counted once."""
+    gc.collect()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in gc.get_objects() if type(t) in TENSORS}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+TENSORS = (Tensor, nn.Parameter)
+
+
+@pytest.mark.parametrize("method", ["identity", "exchange"])
+def test_conversion_in_place_frees_the_bytes_that_the_report_says(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_hinm.plan.measure", lambda workload: (1.0, 1.0))
+    model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 256), nn.Conv1d(5, 64, 3)).eval()
+    prune(model, HiNMPattern(64, 0.75), method=method)
+    weight, before = weakref.ref(model[0].weight), living_bytes()
+    to_hinm(model, inplace=True)
+    freed = before - living_bytes()
+    assert weight() is None
+    layers = explain(model).layers
+    expected = sum(layer.dense_bytes - layer.bytes for layer in layers)
+    assert expected > sum(layer.dense_bytes for layer in layers) / 2
+    # Each dense layer takes its layout along, which no report counts.
+    layouts = sum(8 * (layer.shape[0] + converted.vector_index.numel()) for layer, converted in _packed(model, layers))
+    assert freed == pytest.approx(expected + layouts, rel=0.001)
+
+
+def _packed(model: Any, layers: Any) -> list[tuple[Any, HiNMLayer]]:
+    return [(layer, model.get_submodule(layer.name)) for layer in layers]
+
+
 def test_converting_twice_changes_nothing_more(net: Net) -> None:
     once = to_hinm(net)
     twice = to_hinm(once)
@@ -200,6 +233,36 @@ def test_the_state_dict_loads_again_and_is_validated(net: Net) -> None:
     with pytest.raises(RuntimeError, match=r"linear: vector_index has columns outside 0\.\.15"):
         other.load_state_dict(state)
     assert torch.equal(other.linear.vector_index, before["linear.vector_index"])
+
+
+def test_a_layer_has_another_packing_with_other_tensors_or_another_layout_only() -> None:
+    layer, other = (to_hinm(pruned_by_search(nn.Linear(32, 32))) for _ in range(2))
+    state, packing = copy.deepcopy(layer.state_dict()), layer.packing
+    changes: list[tuple[Any, bool]] = [
+        (lambda: layer.repack(layer.packed), False),
+        (lambda: layer.load_state_dict(state), False),
+        (lambda: layer.to(torch.float32), False),
+        (lambda: layer.train(), False),
+        (lambda: layer.repack(other.packed), True),
+        (lambda: layer.load_state_dict(state), True),
+        (lambda: layer.load_state_dict(copy.deepcopy(state), assign=True), True),
+        (lambda: layer.to(torch.float64), True),
+        (lambda: layer._apply(torch.clone), True),
+    ]
+    x = torch.randn(3, 32)
+    for i, (change, another) in enumerate(changes):
+        change()
+        assert (layer.packing is not packing) == another, i
+        packing = layer.packing
+        dense = nn.functional.linear(x.to(layer.values.dtype), layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x.to(layer.values.dtype)), dense, rtol=1e-5, atol=1e-5)
+    assert copy.deepcopy(layer).packing is not packing
+    assert pickle.loads(pickle.dumps(layer)).packing is not packing  # noqa: S301
+
+
+def pruned_by_search(model: nn.Module) -> Any:
+    prune(model, PATTERN)
+    return model.eval()
 
 
 def test_a_damaged_packed_weight_is_refused() -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends import registry
 from torch.profiler import profile
 
 from lightning_hinm import HiNMPattern, prune, to_hinm
 from lightning_hinm.modules import HiNMLayer
+from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands
 from lightning_hinm.prune import PruningReport
 from tests.networks import NETWORKS
 
@@ -23,14 +25,14 @@ pytestmark = [
 ]
 
 
-def pruned(name: str) -> tuple[Any, PruningReport]:
+def pruned(name: str, method: str = "identity") -> tuple[Any, PruningReport]:
     """The masked dense network, and what was pruned."""
     model = NETWORKS[name].make()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # as if it had been trained
             for tensor, low in ((module.running_mean, -0.5), (module.running_var, 0.5), (module.weight, 0.5)):
                 nn.init.uniform_(tensor, low, low + 1)  # type: ignore[arg-type]
-    report = prune(model, PATTERN, method="identity")
+    report = prune(model, PATTERN, method=method)
     return model.eval(), report
 
 
@@ -182,6 +184,59 @@ def test_a_compiled_network_is_copied_with_a_packing_of_its_own(name: str) -> No
         assert sparse_calls(other, inputs) == len(report.pruned)
         assert torch.equal(result(function, inputs), before)
         assert not torch.allclose(result(other, inputs), before)
+
+
+BOTH_WAYS = ("bert", "gpt2", "resnet50", "efficientnet", "convnext", "encoder", "lstm")
+OPERANDS = {
+    "hinm.linear.default": ("op", *LinearOperands._fields),
+    "hinm.conv2d.default": ("op", *Conv2dOperands._fields),
+}
+
+
+def sparse_ops(name: str, model: nn.Module, dense: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """Every sparse op of the graphs that the inner backend gets, in order: its name, its tensors, its numbers."""
+    graphs: list[fx.GraphModule] = []
+    lookup, inputs = registry.lookup_backend, NETWORKS[name].inputs(2)
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "lookup_backend", lambda name: record if name == "eager" else lookup(name))
+        torch.compiler.reset()
+        with torch.inference_mode():
+            assert_exact(compiled(name, model, "eager"), dense, inputs, 1e-5)
+    return [
+        [str(node.target), *(held_by(gm, each) for each in node.args[1:])]
+        for gm in graphs
+        for node in gm.graph.nodes
+        if str(node.target).startswith("hinm.")
+    ]
+
+
+def held_by(gm: fx.GraphModule, argument: Any) -> Any:
+    """The tensor that a node stands for, where the graph holds it; else what the node is."""
+    if not isinstance(argument, fx.Node):
+        return argument
+    return getattr(gm, str(argument.target)) if argument.op == "get_attr" else (argument.op, str(argument.target))
+
+
+@pytest.mark.parametrize("name", [n if n in BOTH_WAYS else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
+def test_a_dense_and_a_converted_network_compile_to_the_same_sparse_ops(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, report = pruned(name, "exchange")
+    dense = sparse_ops(name, model, model, monkeypatch)
+    converted = sparse_ops(name, to_hinm(model), model, monkeypatch)
+    assert len(dense) == len(converted) == len(report.pruned)
+    for one, other in zip(dense, converted, strict=True):
+        for operand, (each, its) in zip(OPERANDS[one[0]], zip(one, other, strict=True), strict=False):
+            same = torch.equal(each, its) if isinstance(each, Tensor) else each == its
+            assert same, operand
+    restored = [op[OPERANDS[op[0]].index("restore")].numel() > 0 for op in converted]
+    if name != "llama":  # whose product of two layers has two orders
+        assert not all(restored), "what is absorbed in neither would be the same, too"
 
 
 def test_an_lstm_breaks_the_graph_where_it_breaks_the_dense_one_and_nowhere_if_dynamo_may_trace_it() -> None:

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lightning_hinm import HiNMPattern, prune
+from lightning_hinm import HiNMPattern, prune, to_hinm
 from lightning_hinm.modules import HiNMLayer, pack_layer
 from lightning_hinm.passes import (
     absorb_orders_pass,
     find_fused_calls,
     find_layer_calls,
     fuse_activations_pass,
+    lift_tensors_pass,
     sparsify_layers_pass,
     unfuse_encoder_layers_pass,
 )
@@ -349,3 +350,40 @@ def test_on_a_cpu_the_activation_stays_for_inductor_to_fuse() -> None:
     gm, _, _ = sparsified(*ABSORBED["gelu"])
     before = str(gm.graph)
     assert str(fuse_activations_pass(gm).graph) == before
+
+
+def converted_graph(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, list[Any], dict[str, Tensor]]:
+    """The graph of a converted model, its inputs, and those of them that are packed tensors."""
+    gm, inputs = capture(model, x)
+    owned = {id(tensor) for tensor in model.buffers()}
+    nodes = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    return gm, inputs, {node.name: tensor for node, tensor in nodes if id(tensor) in owned}
+
+
+def test_lifted_tensors_are_those_of_the_layers_and_what_follows_can_read_them() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).half().eval()
+    prune(model, HiNMPattern(32, window=None), generator=torch.Generator().manual_seed(1))
+    with emulated():
+        converted = to_hinm(model)
+        gm, inputs, tensors = converted_graph(converted, torch.randn(5, 32).half())
+        with torch.no_grad():
+            expected = gm(*inputs)[0]
+            before = str(gm.graph)
+            assert str(absorb_orders_pass(gm).graph) == before
+            lift_tensors_pass(gm, tensors)
+            held = {id(tensor) for tensor in gm.buffers()}
+            assert held == {id(tensor) for tensor in tensors.values()}
+            fuse_activations_pass(absorb_orders_pass(gm))
+            first, second = (node for node in gm.graph.nodes if ops_of(node))
+            assert operand(first, "activation", "none") == "relu"
+            assert torch.equal(getattr(gm, operand(first, "output_order").target), torch.arange(64))
+            assert operand(second, "restore").op == "get_attr"
+            torch.testing.assert_close(gm(*inputs)[0], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_pass_lets_go_of_tensors_that_nothing_reads_any_more() -> None:
+    gm, _, _ = sparsified(*ABSORBED["straight"])
+    absorb_orders_pass(gm)
+    read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    assert {name for name, _ in gm.named_buffers()} == read
+    assert all(node.users for node in gm.graph.find_nodes(op="get_attr"))

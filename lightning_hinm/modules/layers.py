@@ -18,6 +18,14 @@ from lightning_hinm.pattern import from_matrix, layer_kind
 PACKED_TENSORS = ("values", "metadata", "vector_index", "output_order")
 
 
+class Packing:
+    """One state of a layer's packed tensors: which they are, and by which layout they lie.
+
+    A layer has another one as soon as it holds other tensors, or the same by another layout. Whatever is compiled for
+    the tensors of a layer is guarded by it; values that change in place are seen without.
+    """
+
+
 class HiNMLayer(nn.Module):
     """A packed weight as four buffers, and its bias.
 
@@ -57,6 +65,7 @@ class HiNMLayer(nn.Module):
         for name, expanded in expand_all(packed, groups=groups).items():
             self.register_buffer(name, expanded, persistent=False)
         self.register_parameter("bias", bias)
+        self.packing = Packing()
 
     @property
     def packed(self) -> HiNMWeight:
@@ -84,17 +93,29 @@ class HiNMLayer(nn.Module):
 
     @torch.no_grad()
     def repack(self, packed: HiNMWeight) -> None:
-        """Takes another weight of the same shape and pattern, in place, so that compiled graphs see it."""
+        """Takes another weight of the same shape and pattern, in place, so that compiled graphs see it.
+
+        By another layout, the backend ``"hinm"`` compiles anew.
+        """
         self.retained = packed.retained
         for name, tensor in packed.tensors.items():
             self._buffers[name].copy_(tensor)  # type: ignore[union-attr]
-        for name, expanded in expand_all(self.packed, groups=self.groups).items():
-            if expanded is not None:
-                self._buffers[name].copy_(expanded)  # type: ignore[union-attr]
+        self._decode()
+
+    def _decode(self, *, replaced: bool = False) -> None:
+        """Decodes the packed weight anew: in place while layout and tensors stay, so that compiled graphs see it."""
+        before, after = self._buffers, expand_all(self.packed, groups=self.groups)
+        if replaced or self.values.is_meta or self.expansion.is_inference() or not _same_layout(before, after):
+            before.update(after)
+            self.packing = Packing()
+            return
+        for name, tensor in after.items():
+            if tensor is not None:
+                before[name].copy_(tensor)  # type: ignore[union-attr]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HiNMLayer":
         # What was decoded suits one device and dtype: it is made anew, not moved. From meta there is nothing to decode.
-        before = self.values
+        packed, before = self.packed.tensors, self.values
         expanded = {name: self._buffers.pop(name) for name in EXPANDED}
         try:
             super()._apply(fn, recurse)
@@ -106,6 +127,8 @@ class HiNMLayer(nn.Module):
                     expanded = expand_all(self.packed, groups=self.groups)
         finally:
             self._buffers.update(expanded)
+            if _replaced(packed, self.packed.tensors):
+                self.packing = Packing()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,10 +151,10 @@ class HiNMLayer(nn.Module):
                 return
         if any(prefix + name in state_dict for name in PACKED_TENSORS):
             self.retained = None
+        before = self.packed.tensors
         super()._load_from_state_dict(state_dict, prefix, *args)
         with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in expand_all(self.packed, groups=self.groups).items():
-                setattr(self, name, tensor)
+            self._decode(replaced=_replaced(before, self.packed.tensors))
 
     def _pattern_repr(self) -> str:
         pattern = self.pattern
@@ -235,6 +258,15 @@ class HiNMConv2d(HiNMLayer):
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
             f"padding_mode={self.padding_mode}, {self._pattern_repr()}"
         )
+
+
+def _same_layout(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None]) -> bool:
+    """Whether nothing has changed that a graph may have worked into the numbers of other layers."""
+    return all(torch.equal(before[name], after[name]) for name in ("columns", "restore"))  # type: ignore[arg-type]
+
+
+def _replaced(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    return any(after[name] is not tensor for name, tensor in before.items())
 
 
 def _kind_of(cls: type, dense: nn.Module, kinds: tuple[str, ...]) -> str:

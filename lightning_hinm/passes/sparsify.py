@@ -181,9 +181,47 @@ def sparsify_layers_pass(gm: fx.GraphModule, layers: Mapping[str, HiNMLayer]) ->
     return finish_pass(gm, "sparsify_layers_pass", count, f"calls of {len(buffers)} layers")
 
 
+def lift_tensors_pass(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The packed tensors of converted layers, which a graph takes as inputs, become its own.
+
+    Before::
+
+        %y = hinm.linear(%x, %values, %metadata, ...), with placeholders
+
+    After::
+
+        %y = hinm.linear(%x, %hinm_values, %hinm_metadata, ...), with get_attr of buffers of the graph module
+
+    Equal, because they are the same tensors, for which the caller vouches at every call of the graph; nothing is
+    copied. Only what a graph holds itself can the passes that follow read. The placeholders stay.
+
+    Args:
+        gm: rewritten in place.
+        tensors: by the name of their placeholder.
+
+    Returns:
+        ``gm``.
+    """
+    count = 0
+    lifted: dict[str, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.target not in _FIELDS:
+            continue
+        for name in (*PACKED_TENSORS, *EXPANDED):
+            given = operand(node, name)
+            if not isinstance(given, fx.Node) or given.op != "placeholder" or given.name not in tensors:
+                continue
+            if given.name not in lifted:
+                lifted[given.name] = lift_buffer(gm, f"hinm_{given.name}", tensors[given.name])
+            set_operand(node, name, lifted[given.name])
+            count += 1
+    return finish_pass(gm, "lift_tensors_pass", count, f"operands from {len(lifted)} tensors")
+
+
 def finish_pass(gm: fx.GraphModule, name: str, count: int, what: str) -> fx.GraphModule:
     """Checks and compiles a graph in which a pass has changed anything, and says so; returns it."""
     if count:
+        _release_unread(gm)
         gm.graph.lint()
         gm.recompile()
         log.info("%s: %d %s", name, count, what)
@@ -220,6 +258,17 @@ def lift_buffer(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
         sources[name] = LocalSource(f"__{name}_{id(tensor)}")
     with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
         return gm.graph.get_attr(name)
+
+
+def _release_unread(gm: fx.GraphModule) -> None:
+    """Lets go of the tensors that the graph module was made to hold and that nothing reads any more."""
+    for node in list(gm.graph.find_nodes(op="get_attr")):
+        if not node.users:
+            gm.graph.erase_node(node)
+    read = {node.target for node in gm.graph.find_nodes(op="get_attr")}
+    for name in [name for name in gm._buffers if name.startswith("hinm_") and name not in read]:
+        delattr(gm, name)
+        getattr(gm, "_param_name_to_source", {}).pop(name, None)
 
 
 def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mapping[str, fx.Node | None]) -> fx.Node:
