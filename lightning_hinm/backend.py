@@ -4,81 +4,59 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_hinm.format import HiNMWeight
 from lightning_hinm.layout import HiNMLayout
-from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer, pack_layer, pack_weight
-from lightning_hinm.ops import EXPANDED, hinm_conv2d, hinm_linear, warn_once
+from lightning_hinm.modules import HiNMLayer, Packing, pack_weight
+from lightning_hinm.ops import hinm_conv2d, hinm_linear, warn_once
 from lightning_hinm.passes import (
     LayerCall,
     absorb_orders_pass,
-    find_fused_calls,
-    find_layer_calls,
+    contexts_of,
+    feature_major_islands_pass,
+    find_calls,
+    find_norm_calls,
+    fold_norm,
+    fold_norms_pass,
     fuse_activations_pass,
     lift_tensors_pass,
+    shape_of,
     sparsify_layers_pass,
     unfuse_encoder_layers_pass,
 )
+from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind
-from lightning_hinm.plan import TOKENS, decide, workload_of
-from lightning_hinm.prune import LAYOUT_ATTRIBUTE, layout_of
+from lightning_hinm.plan import Decision, decide, workload_of
+from lightning_hinm.prune import layout_of
+from lightning_hinm.traced import Traced, TracedTensor, guard, guard_layouts, trace_tensors
+from lightning_hinm.twins import Maker, PackedTwin, repack_all, twin_of, twins_of
 
 log = logging.getLogger(__name__)
 
 OPTIONS = {"plan": ("auto", "sparse", "dense"), "inner": ("inductor", "aot_eager", "eager")}
 
 
-class PackedTwin:
-    """The packed weight of a dense layer, and the state of that weight when it was packed.
+class Sparsified(NamedTuple):
+    """The twins that a graph runs, each with the placeholders that it is made of; and by the placeholder of its weight
+    what was decided on a layer, if anything was."""
 
-    All graphs of a layer share one twin. They hold its buffers, so a repack in place reaches them all.
-    """
-
-    def __init__(self, name: str, module: nn.Module, layout: HiNMLayout) -> None:
-        self.name = name
-        self.layer = pack_layer(module, name=name)
-        self._layout = weakref.ref(layout)  # a graph must not keep alive what it is guarded by
-        self._stamp = _stamp(module.weight)  # type: ignore[arg-type]
-
-    def fits(self, weight: Tensor) -> bool:
-        """Whether ``weight`` can be packed in place."""
-        return (weight.dtype, weight.device) == (self.layer.values.dtype, self.layer.values.device)
-
-    def is_fresh(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is what was packed. Writes through ``.data`` cannot be seen."""
-        reference, version, pointer = self._stamp
-        if reference() is not weight or weight.data_ptr() != pointer:
-            return False
-        return weight.is_inference() or weight._version == version
-
-    def repack(self, weight: Tensor) -> None:
-        """Packs ``weight``, of the shape and kind that it had, in place.
-
-        Raises:
-            ValueError: if it has anything outside the pattern.
-        """
-        layout = self._layout()
-        assert layout is not None, "the guard of a graph fails with its layout"  # noqa: S101
-        self.layer.repack(pack_weight(weight, layout, kind=self.layer.kind, groups=self.layer.groups, name=self.name))
-        self._stamp = _stamp(weight)
-        log.info("hinm: repacked %s", self.name)
+    twins: list[tuple[PackedTwin, tuple[fx.Node, ...]]]
+    decisions: Mapping[fx.Node, Decision]
 
 
-class TracedTensor(NamedTuple):
-    """A module's tensor that Dynamo met, and its key there; ``source`` is Dynamo's path to the module."""
+class Origin(NamedTuple):
+    """The input of a graph that the packed weight of a sparse op comes from, and how."""
 
-    tensor: Tensor
-    key: str
-    module: nn.Module
+    node: fx.Node
     name: str
-    source: Any
-
-
-# Derived from the layers alone, and gone with their layouts. A layout belongs to one layer.
-_twins: "weakref.WeakKeyDictionary[HiNMLayout, PackedTwin]" = weakref.WeakKeyDictionary()
+    owner: HiNMLayout | Packing
+    make: Maker
+    layer: HiNMLayer
 
 
 def hinm_backend(
@@ -106,50 +84,76 @@ def hinm_backend(
     inner = lookup_backend(inner_name)
     if plan == "dense":
         return inner(gm, example_inputs)
-    calls = find_layer_calls(gm) + find_fused_calls(gm)
-    traced = _trace_tensors(gm, example_inputs)
-    layers = {node: each for node, each in traced.items() if each.key == "weight" and layer_kind(each.module)}
-    converted = {
-        node: each
-        for node, each in traced.items()
-        if isinstance(each.module, HiNMLayer) and each.key in (*PACKED_TENSORS, *EXPANDED)
-    }
-    layouts = {node: layout for node, layer in layers.items() if (layout := layout_of(layer.module)) is not None}
+    traced = trace_tensors(gm, example_inputs)
+    pruned = traced.pruned
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
-        idle = [layers[node].name for node in layouts if not layers[node].module.training]
+        idle = [each.name for each in pruned.values() if not each.module.training]
         if idle:
             warn_once(
                 f"torch.compile(backend='hinm'): gradients are enabled, so {len(idle)} pruned layers run dense "
                 f"({_few(idle)}). For inference, call the model under torch.inference_mode()."
             )
         return inner(gm, example_inputs)
-    for each in layers.values():
-        _guard(each.source, each.module, LAYOUT_ATTRIBUTE)
-    for each in {each.module: each for each in converted.values()}.values():
-        _guard(each.source, each.module, "packing")
-    if not layouts and not converted:
-        _warn_without_layout(gm, calls)
+    guard_layouts(traced)
+    if not pruned and not traced.converted:
+        _warn_without_layout(gm)
         return inner(gm, example_inputs)
-    reached = {call.weight for call in calls}
-    _warn_out_of_reach({layers[node].name: node for node in layouts if node not in reached})
-    twins = _make_twins(layers, {node: layout for node, layout in layouts.items() if node in reached})
-    if plan == "auto":
-        twins = {node: twin for node, twin in twins.items() if _pays(node, twin, calls)}
-    packed = {node.name: twin.layer for node, twin in twins.items()}
-    lift_tensors_pass(gm, {node.name: each.tensor for node, each in converted.items()})
-    sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
-    fuse_activations_pass(absorb_orders_pass(gm))
+    reached = {call.weight for call in find_calls(gm)}
+    _warn_out_of_reach({each.name: node for node, each in pruned.items() if node not in reached})
+    twins = sparsify_graph(gm, traced, plan).twins
+    finish_graph(gm)
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    checks = [(positions[node], twin) for node, twin in twins.items()]
+    checks = [(twin, [positions[node] for node in nodes]) for twin, nodes in twins]
     compiled = inner(gm, example_inputs)
 
     def run(*args: Any) -> Any:
-        stale = [(twin, args[i]) for i, twin in checks if not twin.is_fresh(args[i])]
+        stale = [
+            (twin, sources)
+            for twin, places in checks
+            if not twin.is_fresh(sources := [args[place] for place in places])
+        ]
         if stale:
-            _repack_all(stale)
+            repack_all(stale)
         return compiled(*args)
 
     return run
+
+
+def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str) -> "Sparsified":
+    """The calls of pruned layers become sparse ops, which still restore all orders, and the norms behind them fold.
+
+    Args:
+        gm: from Dynamo; rewritten in place.
+        traced: its tensors.
+        plan: ``"auto"`` leaves a layer dense where that is faster, ``"sparse"`` never.
+
+    Raises:
+        ValueError: for weights that are not zero outside their pattern; all offenders in one message.
+    """
+    calls = find_calls(gm)
+    reached = {call.weight for call in calls}
+    pruned = {node: each for node, each in traced.pruned.items() if node in reached}
+    twins, decisions = _make_twins(pruned), {}
+    if plan == "auto":
+        decisions = _decide(gm, pruned, twins, calls)
+        twins = {node: twin for node, twin in twins.items() if decisions[node].path == "sparse"}
+    converted = traced.converted
+    lift_tensors_pass(gm, {node.name: each.tensor for node, each in converted.items()})
+    _sparsify(gm, twins)
+    origins = [
+        Origin(node, twin.name, layout_of(pruned[node].module), twin.make, twin.layer)  # type: ignore[arg-type]
+        for node, twin in twins.items()
+    ]
+    origins += [_converted_origin(node, each) for node, each in converted.items() if each.key == "values"]
+    folded = _fold_norms(gm, traced.tensors, origins)
+    held = {id(tensor) for tensor in gm.buffers()}
+    used = [(twin, (node,)) for node, twin in twins.items() if id(twin.layer.values) in held]
+    return Sparsified([*used, *folded], decisions)
+
+
+def finish_graph(gm: fx.GraphModule) -> None:
+    """What sparse ops can do for each other."""
+    feature_major_islands_pass(fuse_activations_pass(absorb_orders_pass(gm)))
 
 
 def repack(model: nn.Module) -> None:
@@ -161,12 +165,18 @@ def repack(model: nn.Module) -> None:
     Raises:
         ValueError: if a weight is not zero outside its pattern; all offenders in one message.
     """
-    layouts = [(module, layout) for module in model.modules() if (layout := layout_of(module)) is not None]
-    _repack_all([(_twins[layout], module.weight) for module, layout in layouts if layout in _twins])  # type: ignore
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules():
             if isinstance(module, HiNMLayer):
                 module.repack(module.packed)
+    stale = []
+    for module in model.modules():
+        packed = isinstance(module, HiNMLayer)
+        for twin in twins_of(module.packing if packed else layout_of(module)):  # type: ignore[arg-type]
+            sources = [module.values if packed else module.weight, *twin.sources[1:]]
+            if all(source is not None for source in sources):  # else it is not fresh, whatever happens here
+                stale.append((twin, sources))
+    repack_all(stale)  # type: ignore[arg-type]
 
 
 def _read_options(options: Mapping[str, Any]) -> tuple[str, str]:
@@ -182,21 +192,16 @@ def _read_options(options: Mapping[str, Any]) -> tuple[str, str]:
     return options.get("plan", "auto"), options.get("inner", "inductor")
 
 
-def _make_twins(
-    layers: Mapping[fx.Node, TracedTensor], layouts: Mapping[fx.Node, HiNMLayout]
-) -> dict[fx.Node, PackedTwin]:
-    """The packed twin of each layer, shared with the graphs that were compiled before."""
+def _make_twins(layers: Mapping[fx.Node, TracedTensor]) -> dict[fx.Node, PackedTwin]:
+    """The packed twin of each pruned layer, shared with the graphs that were compiled before."""
     twins, wrong = {}, []
-    for node, layout in layouts.items():
-        name, module = layers[node].name, layers[node].module
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        twin = _twins.get(layout)
+    for node, (weight, _, module, name, _) in layers.items():
+        layout, kind, groups = layout_of(module), str(layer_kind(module)), int(getattr(module, "groups", 1))
+        assert layout is not None  # noqa: S101
+        make = functools.partial(_pack, weakref.ref(layout), kind=kind, groups=groups, name=name)
+        create = functools.partial(PackedTwin, name, [weight], make, kind=kind, groups=groups)
         try:
-            if twin is None or not twin.fits(weight):
-                twin = _twins[layout] = PackedTwin(name, module, layout)
-            elif not twin.is_fresh(weight):
-                twin.repack(weight)
-            twins[node] = twin
+            twins[node] = twin_of(layout, None, [weight], create)
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
@@ -204,98 +209,103 @@ def _make_twins(
     return twins
 
 
-def _repack_all(stale: Sequence[tuple[PackedTwin, Tensor]]) -> None:
-    wrong = []
-    for twin, weight in stale:
+def _sparsify(gm: fx.GraphModule, twins: Mapping[fx.Node, PackedTwin]) -> None:
+    packed = {node.name: twin.layer for node, twin in twins.items()}
+    sparsify_layers_pass(unfuse_encoder_layers_pass(gm, packed.keys()), packed)
+
+
+def _pack(layout: "weakref.ref[HiNMLayout]", weight: Tensor, **like: Any) -> tuple[HiNMWeight, None]:
+    own = layout()  # a graph must not keep alive what it is guarded by
+    assert own is not None, "the guard of a graph fails with its layout"  # noqa: S101
+    return pack_weight(weight, own, **like), None
+
+
+def _converted_origin(node: fx.Node, values: TracedTensor) -> Origin:
+    layer = values.module
+    assert isinstance(layer, HiNMLayer)  # noqa: S101
+    return Origin(node, values.name, layer.packing, functools.partial(_with_values, layer.packed), layer)
+
+
+def _with_values(packed: HiNMWeight, values: Tensor) -> tuple[HiNMWeight, None]:
+    return replace(packed, values=values), None
+
+
+def _fold_norms(
+    gm: fx.GraphModule, traced: Mapping[fx.Node, TracedTensor], origins: Sequence[Origin]
+) -> list[tuple[PackedTwin, tuple[fx.Node, ...]]]:
+    """Folds every norm that stays what it is; the twins that took the place of layers, and what they are made of."""
+    by_values = {id(origin.layer.values): origin for origin in origins}
+    layers, folded = {}, []
+    for call in find_norm_calls(gm):
+        origin = by_values.get(id(getattr(gm, operand(call.op, "values").target)))
+        statistics = traced.get(call.tensors["running_mean"])
+        if origin is None or statistics is None or not all(node in traced for node in call.tensors.values()):
+            continue
+        nodes = (origin.node, *call.tensors.values())
+        sources, norm, names = [traced[node].tensor for node in nodes], statistics.module, tuple(call.tensors)
+        if not _counts_batches(norm) or any(tensor.is_inference() for tensor in sources):
+            continue  # a training of the norm could not be seen
+        make = functools.partial(_fold, origin.make, names, eps=call.eps, name=origin.name)
+        kind, groups = origin.layer.kind, origin.layer.groups
+        create = functools.partial(PackedTwin, origin.name, sources, make, kind=kind, groups=groups, norm=norm)
         try:
-            twin.repack(weight)
+            twin = twin_of(origin.owner, (weakref.ref(norm), call.eps, names), sources, create)
         except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("Weights changed, and cannot be packed any more:\n  " + "\n  ".join(wrong))
-
-
-def _pays(node: fx.Node, twin: PackedTwin, calls: Sequence[LayerCall]) -> bool:
-    """Whether all calls of a layer together are faster sparse, on the shapes that Dynamo saw."""
-    decisions = []
-    for call in calls:
-        if call.weight is node and "example_value" in call.x.meta:
-            shape = tuple(_hint(size) for size in call.x.meta["example_value"].shape)
-            if call.kind == "linear":  # x of a fused call is the input of what it is fused into
-                shape = (*shape[:-1], twin.layer.shape[1])
-            decisions.append(decide(workload_of(twin.layer, shape)))
-    pays = sum(d.sparse_seconds for d in decisions) < sum(d.dense_seconds for d in decisions)
-    pays = pays and any(d.path == "sparse" for d in decisions)
-    reasons = "; ".join(d.reason for d in decisions)
-    log.info("hinm: %s runs %s: %s", twin.name, "sparse" if pays else "dense", reasons)
-    return pays
-
-
-def _hint(size: Any) -> int:
-    """A dynamic size stands for the one that was seen."""
-    return size if isinstance(size, int) else int(size.node.hint or TOKENS)
-
-
-def _trace_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Node, TracedTensor]:
-    """The module of each placeholder that is a module's parameter or buffer.
-
-    A tensor does not know its module, and a copied module is not its original. Dynamo knows by which path it reached
-    each tensor, so that path is walked again, and what it leads to is checked by identity.
-    """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    traced = {}
-    for node, example in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        if source is None or not isinstance(example, Tensor):
+            log.info("hinm: a norm stays: %s", error)
             continue
-        try:
-            output = InstructionTranslator.current_tx().output
-            key, source = source.index, source.base.base  # from ``._parameters["weight"]`` to its module
-            module, name = _walk(source, output.local_scope, output.global_scope)
-        except (AttributeError, KeyError, IndexError, TypeError) as error:
-            log.debug("hinm: %s is reached by a path that cannot be walked: %r", node.name, error)
-            continue
-        if isinstance(module, nn.Module) and (module._parameters | module._buffers).get(key) is example:
-            traced[node] = TracedTensor(example, key, module, name or type(module).__name__, source)
-    return traced
+        guard(statistics.source, norm)
+        layers[call.op.name] = twin.layer
+        folded.append((twin, nodes))
+    fold_norms_pass(gm, layers)
+    return folded
 
 
-def _guard(source: Any, module: nn.Module, attribute: str) -> None:
-    """Has Dynamo compile anew where an attribute of a module is another object, or there is one at last.
-
-    Dynamo shares a graph between all modules of a class, whose layouts differ. As for any object that a graph is
-    specialised on, its limit of recompilations then counts for each root module on its own.
-    """
-    from torch._dynamo.guards import GuardBuilder, install_guard
-    from torch._dynamo.source import AttrSource, LocalSource
-
-    if attribute not in module.__dict__:
-        absent = functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute)
-        install_guard(source.make_guard(absent))
-        return
-    install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.ID_MATCH))
-    while hasattr(source, "base"):
-        source = source.base
-    if isinstance(source, LocalSource):
-        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+def _counts_batches(norm: nn.Module) -> bool:
+    """Whether ``num_batches_tracked`` tells that the norm was trained."""
+    counts = type(norm).forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return counts and norm.num_batches_tracked is not None
 
 
-def _walk(source: Any, local_scope: Mapping[str, Any], global_scope: Mapping[str, Any]) -> tuple[Any, str]:
-    """The object that a Dynamo source stands for, and the module path on the way to it."""
-    if hasattr(source, "local_name"):
-        return local_scope[source.local_name], ""
-    if hasattr(source, "global_name"):
-        return global_scope[source.global_name], ""
-    base, name = _walk(source.base, local_scope, global_scope)
-    if hasattr(source, "member"):
-        return getattr(base, source.member), name
-    if hasattr(source, "index"):
-        return base[source.index], f"{name}.{source.index}".lstrip(".")
-    return base, name  # a wrapper that only says how to guard
+def _fold(
+    make: Maker, names: Sequence[str], weight: Tensor, *tensors: Tensor, eps: float, name: str
+) -> tuple[HiNMWeight, Tensor]:
+    packed, _ = make(weight)
+    return fold_norm(packed, **dict(zip(names, tensors, strict=True)), eps=eps, name=name)
 
 
-def _warn_without_layout(gm: fx.GraphModule, calls: Sequence[LayerCall]) -> None:
+def _decide(
+    gm: fx.GraphModule,
+    layers: Mapping[fx.Node, TracedTensor],
+    twins: Mapping[fx.Node, PackedTwin],
+    calls: Sequence[LayerCall],
+) -> dict[fx.Node, Decision]:
+    """Sparse or dense for each layer, all of its calls together: on the shapes that Dynamo saw, and each call with the
+    order and the storage that it would have if all layers were sparse."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    trial = fx.GraphModule(gm, graph)
+    _sparsify(trial, twins)
+    finish_graph(trial)
+    contexts = contexts_of(trial)
+    decisions = {}
+    for node, twin in twins.items():
+        workloads = []
+        for call in calls:
+            shape = shape_of(call.x) if call.weight is node else None
+            if shape is not None:
+                if call.kind == "linear":  # x of a fused call is the input of what it is fused into
+                    shape = (*shape[:-1], twin.layer.shape[1])
+                workloads.append(workload_of(layers[node].module, shape))
+        own = contexts.get(id(twin.layer.values), [])
+        if len(own) == len(workloads):
+            workloads = [replace(workload, **context) for workload, context in zip(workloads, own, strict=True)]
+        decisions[node] = decide(*workloads)
+        log.info("hinm: %s runs %s: %s", twin.name, decisions[node].path, decisions[node].reason)
+    return decisions
+
+
+def _warn_without_layout(gm: fx.GraphModule) -> None:
+    calls = find_calls(gm)
     sparse = any(node.target in (hinm_linear, hinm_conv2d) for node in gm.graph.nodes)
     if calls and not sparse:
         warn_once(
@@ -318,8 +328,3 @@ def _warn_out_of_reach(weights: Mapping[str, fx.Node]) -> None:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
-def _stamp(weight: Tensor) -> tuple["weakref.ref[Tensor]", int, int]:
-    # Inference tensors count no versions.
-    return weakref.ref(weight), -1 if weight.is_inference() else weight._version, weight.data_ptr()

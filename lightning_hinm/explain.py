@@ -9,20 +9,21 @@ from contextvars import ContextVar
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import fx, nn
 
-from lightning_hinm.backend import find_layers, guard_layouts, sparsify_graph
+from lightning_hinm.backend import sparsify_graph
 from lightning_hinm.format import HiNMWeight, pack
 from lightning_hinm.layout import is_in_order
 from lightning_hinm.ops import expanded_bytes, hinm_conv2d, hinm_linear
-from lightning_hinm.passes import find_fused_calls, find_layer_calls, orders_of
+from lightning_hinm.passes import find_calls, find_layer_calls, orders_of
 from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind, plain_name
 from lightning_hinm.plan import LEAST, MOST, SECONDS, LayerPlan, ModelPlan, decide, packed_of, wait_for, workload_of
 from lightning_hinm.prune import PrunableLayer, layout_of
+from lightning_hinm.traced import guard_layouts, trace_tensors
 
 
 class Forward(NamedTuple):
@@ -49,16 +50,9 @@ class Fate(NamedTuple):
     reason: str = ""
 
 
-class Tracing(NamedTuple):
-    """Converted layers by the id of their metadata, and what the graphs that ran had to tell."""
-
-    converted: Mapping[int, nn.Module]
-    fates: list[Fate]
-
-
 OUT_OF_REACH = "out of reach of"
 SPARSE_OPS = (hinm_linear, hinm_conv2d)
-_tracing: ContextVar[Tracing] = ContextVar("tracing")
+_fates: ContextVar[list[Fate]] = ContextVar("fates")
 
 
 def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
@@ -91,7 +85,7 @@ def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
         plans = _explain_layers(layers, forward)
         notes: list[str] = []
         if any(plan.path == "sparse" for plan in plans):
-            fates, notes = trace_orders(model, list(layers.values()), inputs, named_inputs)
+            fates, notes = trace_orders(model, inputs, named_inputs)
             plans = _add_orders(plans, layers, fates)
     unknown = [plan.name for plan in plans if plan.path == "sparse" and plan.calls and plan.order is None]
     if unknown and not notes:
@@ -224,7 +218,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def trace_orders(
-    model: nn.Module, layers: Sequence[nn.Module], inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]
+    model: nn.Module, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]
 ) -> tuple[list[Fate], list[str]]:
     """The fates of all calls that Dynamo captures, and a note if it failed; what the user compiled stays compiled."""
     import torch._dynamo
@@ -233,17 +227,17 @@ def trace_orders(
         return model(*inputs, **named_inputs)
 
     notes = []
-    tracing = Tracing({_identity(layer): layer for layer in layers if packed_of(layer)}, [])
-    token = _tracing.set(tracing)
+    fates: list[Fate] = []
+    token = _fates.set(fates)
     try:
         torch.compile(call, backend=_record_fates)()
     except Exception as error:  # whatever Dynamo, a pass or the packing met: the rest of the plan holds
         cause = getattr(error, "inner_exception", None) or error
         notes.append(f"Order unknown: the model could not be traced: {type(cause).__name__}: {str(cause).strip()}")
     finally:
-        _tracing.reset(token)
+        _fates.reset(token)
         torch._dynamo.reset_code(call.__code__)
-    return tracing.fates, notes
+    return fates, notes
 
 
 def _record_fates(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -254,30 +248,27 @@ def _record_fates(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[...
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    fates = _read_fates(fx.GraphModule(gm, graph), example_inputs, _tracing.get().converted)
+    fates = _read_fates(fx.GraphModule(gm, graph), example_inputs)
 
     def run(*args: Any) -> Any:
-        _tracing.get().fates.extend(fates)
+        _fates.get().extend(fates)
         return gm.forward(*args)
 
     return run
 
 
-def _read_fates(gm: fx.GraphModule, example_inputs: Sequence[Any], converted: Mapping[int, nn.Module]) -> list[Fate]:
-    layers = find_layers(gm, example_inputs)
-    guard_layouts(layers.values())
-    calls = find_layer_calls(gm) + find_fused_calls(gm)
-    reached = {call.weight for call in calls}
-    pruned = {node: layer for node, layer in layers.items() if layout_of(layer.module) is not None}
+def _read_fates(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Fate]:
+    traced = trace_tensors(gm, example_inputs)
+    guard_layouts(traced)
+    layers, reached = traced.layers, {call.weight for call in find_calls(gm)}
     fates = [
         Fate(ref(layer.module), OUT_OF_REACH, tuple(Place(None, _word(user)) for user in node.users))
-        for node, layer in pruned.items()
+        for node, layer in traced.pruned.items()
         if node not in reached
     ]
-    reachable = {node: layer for node, layer in pruned.items() if node in reached}
-    # Twins of our own: whoever only asks shall not hold every weight twice.
-    twins = sparsify_graph(gm, reachable, "auto", WeakKeyDictionary())
-    owners = dict(converted) | {id(twin.layer.metadata): layers[node].module for node, twin in twins.items()}
+    sparsified = sparsify_graph(gm, traced, "auto")
+    owners = {id(each.tensor): each.module for each in traced.converted.values() if each.key == "metadata"}
+    owners |= {id(twin.layer.metadata): traced.tensors[nodes[0]].module for twin, nodes in sparsified.twins}
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     dense = {call.node: ref(layers[call.weight].module) for call in find_layer_calls(gm) if call.weight in layers}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 import lightning_hinm.backend
+import lightning_hinm.twins
 from lightning_hinm import HiNMPattern, prune, repack, save_hinm, to_hinm
 from lightning_hinm.ops import EXPANDED
 from lightning_hinm.prune import layout_of
@@ -652,11 +653,265 @@ def test_a_packing_dies_with_its_layer(net: Net) -> None:
     with torch.inference_mode():
         compiled(net)(X)
     layouts = [weakref.ref(layout_of(layer)) for layer in (net.conv1, net.linear)]  # type: ignore[arg-type]
-    assert all(layout() in lightning_hinm.backend._twins for layout in layouts)
+    assert all(layout() in lightning_hinm.twins._twins for layout in layouts)
     net.conv1 = nn.Conv1d(6, 16, 3, padding=1)
     gc.collect()
     assert layouts[0]() is None
-    assert layouts[1]() in lightning_hinm.backend._twins
+    assert layouts[1]() in lightning_hinm.twins._twins
+
+
+class Normed(nn.Module):
+    """BatchNorm behind layers of every kind, with and without parameters; one layer is called before two norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 32, 3, groups=2), nn.BatchNorm2d(32, affine=False)
+        self.conv3, self.bn3 = nn.Conv1d(32, 16, 1), nn.BatchNorm1d(16, momentum=None)
+        self.linear, self.bn4, self.bn5 = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        y = self.bn3(self.conv3(y.flatten(2))).mean(-1)
+        return self.bn4(self.linear(y)) * self.bn5(self.linear(y.tanh()))
+
+
+IMAGES = torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+def normed(dtype: torch.dtype = torch.float32) -> Any:
+    model = Normed()
+    prune(model, PATTERN)
+    train_norms(model)
+    return model.to(dtype).eval()
+
+
+def train_norms(model: Any) -> None:
+    """As a training in eager mode does: the statistics change, and autograd counts no version of them."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 9, 9).to(next(model.parameters()).dtype) * 2)
+    model.eval()
+
+
+def run_norms(function: Any, *inputs: Tensor) -> int:
+    """How many norms a call runs, what compiling takes not counted."""
+    function(*inputs)
+    with profile() as record:
+        function(*inputs)
+    return sum(event.count for event in record.key_averages() if event.key == "aten::batch_norm")
+
+
+def assert_folded(function: Any, model: Any, norms: int = 0) -> None:
+    assert_same(function, model, IMAGES.to(next(model.parameters()).dtype), calls=5)
+    assert run_norms(function, IMAGES.to(next(model.parameters()).dtype)) == norms
+
+
+@pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_frozen_norms_are_folded_into_their_layers(convert: Any, inner: str) -> None:
+    model = normed()
+    with torch.inference_mode():
+        assert run_norms(compiled(convert(model), "eager", "dense"), IMAGES) == 5
+        assert_folded(compiled(convert(model), inner), model)
+
+
+def test_a_folded_bfloat16_model_is_as_close_as_the_dense_one() -> None:
+    exact = normed().double()
+    model, expected = copy.deepcopy(exact).bfloat16(), exact(IMAGES.double())
+    for convert in (lambda model: model, to_hinm):
+        with torch.inference_mode():
+            function = compiled(convert(model), "aot_eager")
+            error, dense = ((each(IMAGES.bfloat16()) - expected).norm() for each in (function, model))
+            assert error <= 2 * dense
+            assert run_norms(function, IMAGES.bfloat16()) == 0
+
+
+def train(model: Any) -> None:
+    model.train()
+    parameters = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    model(IMAGES * 3 + 1).square().mean().backward()
+    optimizer.step()
+    model.zero_grad()
+    model.eval()
+
+
+def replace_norm(model: Any) -> None:
+    model.bn1 = copy.deepcopy(model.bn4)
+    model.bn1.__class__ = nn.BatchNorm2d
+    train_norms(model)  # what is replaced must be seen to be trained, too
+
+
+def replace_statistics(model: Any) -> None:
+    model.bn1.running_mean = torch.randn(16)
+
+
+def reset(model: Any) -> None:
+    model.bn2.reset_running_stats()
+
+
+def load_norms(model: Any) -> None:
+    train_norms(other := copy.deepcopy(model))
+    model.load_state_dict(other.state_dict())
+
+
+def assign_norms(model: Any) -> None:
+    train_norms(other := copy.deepcopy(model))
+    model.load_state_dict(other.state_dict(), assign=True)
+    train_norms(model)
+
+
+def assign_inference_norms(model: Any) -> None:
+    with torch.inference_mode():
+        assign_norms(model)
+
+
+def shift_bias(model: Any) -> None:
+    with torch.no_grad():
+        model.conv2.bias.add_(1)
+
+
+def change_eps(model: Any) -> None:
+    model.bn3.eps = 1.0
+
+
+def scale_all(model: Any) -> None:
+    with torch.no_grad():
+        for module in (model.bn1, model.bn3):
+            module.weight.mul_(-2)
+            module.bias.sub_(1)
+
+
+CHANGES = (train_norms, train, replace_norm, replace_statistics, reset, load_norms, assign_norms, shift_bias)
+
+
+# Inference tensors count no versions; a number that has changed once is an input of the graph from then on.
+STAYING = {assign_inference_norms: 5, change_eps: 1}
+
+
+@pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
+@pytest.mark.parametrize("change", [*CHANGES, assign_inference_norms, change_eps, scale_all])
+def test_a_folded_norm_that_changes_is_folded_anew(change: Any, convert: Any) -> None:
+    model = convert(normed())
+    function = compiled(model)
+    with torch.inference_mode():
+        assert_folded(function, model)
+    for again in range(2):
+        with torch.inference_mode():
+            old = model(IMAGES)
+        change(model)
+        with torch.inference_mode():
+            torch.testing.assert_close(function(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+            assert again or not torch.allclose(model(IMAGES), old)
+            assert run_norms(function, IMAGES) <= STAYING.get(change, 0)
+
+
+def test_a_weight_that_changes_behind_a_folded_norm_is_packed_anew() -> None:
+    model = normed()
+    function = compiled(model)
+    with torch.inference_mode():
+        assert_folded(function, model)
+        for change in (lambda: model.conv1.weight.mul_(2), lambda: model.linear.weight.neg_()):
+            change()
+            assert_folded(function, model)
+    with torch.no_grad():
+        model.conv2.weight.add_(1)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"conv2: \d+ of 2304 weights are not zero outside"):
+        function(IMAGES)
+
+
+def test_a_converted_layer_that_is_repacked_behind_a_folded_norm_is_folded_anew() -> None:
+    model, other = to_hinm(normed()), to_hinm(normed())
+    function = compiled(model)
+    with torch.inference_mode():
+        assert_folded(function, model)
+    with torch.no_grad():
+        model.conv1.values.mul_(2)
+    repack(function)
+    with torch.inference_mode():
+        assert_folded(function, model)
+    model.conv1.repack(other.conv1.packed)  # by another layout
+    with torch.inference_mode():
+        assert_folded(function, model)
+    model.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        assert_folded(function, other)
+
+
+@pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
+def test_a_norm_that_is_written_through_data_needs_repack(convert: Any) -> None:
+    model = convert(normed())
+    function = compiled(model)
+    with torch.inference_mode():
+        function(IMAGES)
+        model.bn1.running_mean.data.add_(1)
+        model.bn5.weight.data.mul_(2)
+        repack(function)
+        assert_folded(function, model)
+
+
+def test_all_graphs_of_a_layer_share_what_is_folded_and_the_unfolded_weight_is_let_go() -> None:
+    model = normed()
+    function = compiled(model)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert_folded(function, model)
+    twins = [lightning_hinm.twins.twins_of(layout_of(m)) for m in (model.conv1, model.conv2, model.conv3, model.linear)]
+    assert [len(each) for each in twins] == [1, 1, 1, 2]
+    train_norms(model)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_folded(function, model)
+
+
+def test_a_norm_whose_training_could_not_be_seen_stays() -> None:
+    class Silent(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            training = (self.training, 0.5, self.eps)
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, *training)
+
+    model = normed()
+    model.bn1.__class__ = Silent
+    model.bn2.num_batches_tracked = None
+    function = compiled(model)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert_folded(function, model, norms=2)
+        train_norms(model)
+    with torch.inference_mode():
+        model = normed()  # whose tensors count no versions
+        assert_folded(compiled(model), model, norms=5)
+        train_norms(model)
+        assert_folded(compiled(model), model, norms=5)
+
+
+def test_a_norm_without_statistics_and_a_model_in_training_keep_their_norms() -> None:
+    model = normed()
+    model.bn1, model.bn3.momentum = nn.BatchNorm2d(16, track_running_stats=False), 0.1
+    with torch.inference_mode():
+        assert_folded(compiled(model), model, norms=1)
+        model.train()
+        assert run_norms(compiled(model), IMAGES) == 5
+    model = to_hinm(normed())
+    assert run_norms(compiled(model), IMAGES) == 5  # gradients are enabled, and biases take them
+
+
+def test_a_float16_norm_that_leaves_the_range_stays_or_is_refused_with_the_remedy() -> None:
+    model = normed(torch.float16)
+    x = IMAGES.half()
+    function = compiled(model)
+    with torch.inference_mode():
+        assert run_norms(function, x) == 0
+        model.bn1.running_var.fill_(1e-3)
+        model.bn1.weight.fill_(6e4)
+        with pytest.raises(
+            ValueError, match=r"conv1: with the BatchNorm after it, .* leave the range of torch.float16"
+        ):
+            function(x)
+        torch.compiler.reset()
+        assert run_norms(function, x) == 1
 
 
 PROGRAM = """

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_hinm"
 ALLOWED: dict[str, set[str]] = {
     "__init__": {
         "pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune",
-        "ops", "modules", "plan", "store", "passes", "backend", "explain", "callback", "metrics",
+        "ops", "modules", "plan", "store", "passes", "twins", "traced", "backend", "explain", "callback", "metrics",
     },
     "__main__": {"explain", "format", "kernels", "ops"},
     # core
@@ -32,8 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "modules": {"pattern", "layout", "format", "prune", "ops", "plan"},
     "store": {"pattern", "format", "prune", "modules"},
     "passes": {"pattern", "layout", "format", "kernels", "ops", "modules", "plan"},
-    "backend": {"pattern", "layout", "format", "prune", "ops", "modules", "plan", "passes"},
-    "explain": {"pattern", "layout", "format", "prune", "ops", "plan", "passes", "backend"},
+    "twins": {"layout", "format", "modules"},
+    "traced": {"pattern", "ops", "modules", "prune"},
+    "backend": {"pattern", "layout", "format", "prune", "ops", "modules", "plan", "passes", "twins", "traced"},
+    "explain": {"pattern", "layout", "format", "prune", "ops", "plan", "passes", "traced", "backend"},
     # training arm
     "callback": {"pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune", "metrics"},
     "metrics": {"pattern", "layout", "mask"},

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, fx
 
 from lightning_hinm import kernels
-from lightning_hinm.ops import cost, hinm_linear
+from lightning_hinm.layout import is_in_order
+from lightning_hinm.ops import cost, hinm_conv2d, hinm_linear
 from lightning_hinm.passes.absorb import BINARY, UNARY, _held, _is_idle_dropout, _keeps_last_size
 from lightning_hinm.passes.sparsify import finish_pass, operand, set_operand, shape_of
 from lightning_hinm.pattern import HiNMPattern
@@ -59,6 +61,25 @@ def feature_major_islands_pass(gm: fx.GraphModule) -> fx.GraphModule:
         for node in island.writers:
             set_operand(node, "feature_major", True)
     return finish_pass(gm, "feature_major_islands_pass", len(chosen), "islands")
+
+
+def contexts_of(gm: fx.GraphModule) -> dict[int, list[dict[str, Any]]]:
+    """How each sparse op of a finished graph runs, in the words of ``plan.Workload``; by the id of its values."""
+    read = {
+        node: all(operand(writer, "feature_major", False) for writer in island.writers)
+        for island in _find_islands(gm)
+        for node in island.readers
+    }
+    contexts: dict[int, list[dict[str, Any]]] = {}
+    for node in gm.graph.nodes:
+        if node.target in (hinm_linear, hinm_conv2d) and operand(node, "values").op == "get_attr":
+            context = {
+                "restored": not is_in_order(_held(gm, node, "output_order")),
+                "feature_major": read.get(node, False),
+                "feature_major_out": operand(node, "feature_major", False),
+            }
+            contexts.setdefault(id(_held(gm, node, "values")), []).append(context)
+    return contexts
 
 
 def _find_islands(gm: fx.GraphModule) -> list[Island]:

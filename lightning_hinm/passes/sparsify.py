@@ -77,6 +77,11 @@ def find_fused_calls(gm: fx.GraphModule) -> list[LayerCall]:
     return calls
 
 
+def find_calls(gm: fx.GraphModule) -> list[LayerCall]:
+    """Both."""
+    return find_layer_calls(gm) + find_fused_calls(gm)
+
+
 def unfuse_encoder_layers_pass(gm: fx.GraphModule, weights: Set[str]) -> fx.GraphModule:
     """Every fused encoder layer that reads one of ``weights`` becomes its attention and its two linear layers.
 
