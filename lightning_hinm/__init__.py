@@ -13,6 +13,7 @@ from lightning_hinm.pattern import HiNMPattern
 from lightning_hinm.prune import prune
 from lightning_hinm.schedule import GradualSchedule
 from lightning_hinm.store import load_hinm, save_hinm
+from lightning_hinm.streams import shared_orders
 
 if TYPE_CHECKING:
     from lightning_hinm.callback import HiNMPruning
@@ -33,6 +34,7 @@ __all__ = [
     "repack",
     "retained",
     "save_hinm",
+    "shared_orders",
     "to_hinm",
     "unpack",
 ]

@@ -25,7 +25,7 @@ from lightning_hinm.passes import (
     fold_norms_pass,
     fuse_activations_pass,
     lift_tensors_pass,
-    shape_of,
+    seen_shape,
     sparsify_layers_pass,
     unfuse_encoder_layers_pass,
 )
@@ -291,7 +291,7 @@ def _decide(
     for node, twin in twins.items():
         workloads = []
         for call in calls:
-            shape = shape_of(call.x) if call.weight is node else None
+            shape = seen_shape(call.x) if call.weight is node else None
             if shape is not None:
                 if call.kind == "linear":  # x of a fused call is the input of what it is fused into
                     shape = (*shape[:-1], twin.layer.shape[1])

@@ -12,10 +12,17 @@ from torch import Tensor, fx, nn
 from lightning_hinm import HiNMPattern, prune
 from lightning_hinm.ops import cost, hinm_linear
 from lightning_hinm.ops.cost import Call, Choice
-from lightning_hinm.passes import feature_major_islands_pass, sparsify_layers_pass
+from lightning_hinm.passes import absorb_orders_pass, contexts_of, feature_major_islands_pass, sparsify_layers_pass
 from lightning_hinm.passes.sparsify import operand
+from tests.graphs import Chain, capture, packed_by_name, result, set_orders, sparse_graph
 from tests.ptx.device import emulated
-from tests.test_passes import TOKENS, capture, mlp, packed_by_name, sparsified
+
+TOKENS = torch.randn(3, 5, 32)
+
+
+def mlp(hidden: int = 64) -> list[nn.Module]:
+    return [nn.Linear(32, hidden), nn.Linear(hidden, 48)]
+
 
 Case = tuple[list[nn.Module], Callable[..., Tensor]]
 
@@ -43,6 +50,13 @@ ISLANDS: dict[str, tuple[Case, list[bool]]] = {
 }
 
 
+def chain(layers: list[nn.Module], function: Callable[..., Tensor]) -> tuple[fx.GraphModule, list[Any]]:
+    """The sparsified graph of layers in random orders, and its inputs."""
+    model = Chain(layers, function)
+    set_orders(model, HiNMPattern(8, window=16))
+    return sparse_graph(model, TOKENS)
+
+
 def storages(gm: fx.GraphModule) -> list[bool]:
     return [operand(node, "feature_major", False) for node in gm.graph.nodes if node.target is hinm_linear]
 
@@ -50,15 +64,15 @@ def storages(gm: fx.GraphModule) -> list[bool]:
 @pytest.mark.parametrize("case", ISLANDS.values(), ids=ISLANDS)
 def test_what_only_sparse_layers_read_stays_feature_major(case: tuple[Case, list[bool]]) -> None:
     (layers, function), expected_storages = case
-    gm, inputs, expected = sparsified(layers, function, TOKENS)
+    gm, inputs = chain(layers, function)
+    expected = result(gm, inputs)[0]
     feature_major_islands_pass(gm)
     assert storages(gm) == expected_storages
-    with torch.no_grad():
-        torch.testing.assert_close(gm(*inputs)[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result(gm, inputs)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_inside_an_island_nothing_is_transposed_and_at_its_end_rows_come_out() -> None:
-    gm, inputs, _ = sparsified(mlp(), lambda x, a, b: b(F.gelu(a(x))), TOKENS)
+    gm, inputs = chain(mlp(), lambda x, a, b: b(F.gelu(a(x))))
     feature_major_islands_pass(gm)
     strides: dict[str, tuple[int, ...]] = {}
 
@@ -74,6 +88,15 @@ def test_inside_an_island_nothing_is_transposed_and_at_its_end_rows_come_out() -
     first, gelu, last = strides.values()
     assert first == gelu == (5, 1, 15), "a feature is a row of 15 tokens"
     assert last == (5 * 48, 48, 1)
+
+
+def test_a_finished_graph_tells_how_each_layer_runs() -> None:
+    gm, _ = chain([*mlp(), nn.Linear(48, 16)], lambda x, a, b, c: c(F.gelu(b(a(x).relu())).sum(0)))
+    feature_major_islands_pass(absorb_orders_pass(gm))
+    first, second, third = (context for (context,) in contexts_of(gm).values())
+    assert first == {"restored": False, "feature_major": False, "feature_major_out": True}
+    assert second == {"restored": False, "feature_major": True, "feature_major_out": False}
+    assert third == {"restored": True, "feature_major": False, "feature_major_out": False}
 
 
 @pytest.mark.parametrize("gain", [1e-6, 0.0, -1e-6])

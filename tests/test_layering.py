@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "lightning_hinm"
 ALLOWED: dict[str, set[str]] = {
     "__init__": {
         "pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune",
-        "ops", "modules", "plan", "store", "passes", "twins", "traced", "backend", "explain", "callback", "metrics",
+        "ops", "modules", "plan", "store", "passes", "twins", "traced", "backend", "explain", "streams", "callback",
+        "metrics",
     },
     "__main__": {"explain", "format", "kernels", "ops"},
     # core
@@ -36,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "traced": {"pattern", "ops", "modules", "prune"},
     "backend": {"pattern", "layout", "format", "prune", "ops", "modules", "plan", "passes", "twins", "traced"},
     "explain": {"pattern", "layout", "format", "prune", "ops", "plan", "passes", "traced", "backend"},
+    "streams": {"pattern", "prune", "passes", "traced"},
     # training arm
     "callback": {"pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune", "metrics"},
     "metrics": {"pattern", "layout", "mask"},
@@ -50,7 +52,7 @@ ONLY_IN: dict[str, set[str]] = {
     "pytorch_lightning": set(),
     "safetensors": {"format", "gyro"},
     "scipy": {"gyro"},
-    "torch.fx": {"passes", "backend", "explain"},
+    "torch.fx": {"passes", "traced", "backend", "explain"},
     "torchmetrics": {"metrics"},
 }
 

@@ -26,10 +26,12 @@ from lightning_hinm.passes import (
     unfuse_encoder_layers_pass,
 )
 from lightning_hinm.passes.sparsify import operand
+from tests.graphs import Chain, capture, packed_by_name, set_orders, sparse_graph, sparse_ops
 from tests.ptx.device import emulated
 from tests.strategies import layouts, saliencies
 
 PATTERN = HiNMPattern(vector_size=8)
+IMAGES = torch.randn(2, 8, 12, 12)
 
 
 class Conv1D(nn.Module):
@@ -42,25 +44,6 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x, self.weight)
-
-
-def capture(function: Any, *inputs: Tensor) -> tuple[fx.GraphModule, list[Any]]:
-    """The graph that Dynamo makes of ``function``, and its inputs."""
-    captured: list[Any] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        captured.extend((gm, list(example_inputs)))
-        return gm.forward
-
-    torch.compiler.reset()
-    with torch.no_grad():
-        torch.compile(function, backend=backend, fullgraph=True)(*inputs)
-    return captured[0], captured[1]
-
-
-def packed_by_name(gm: fx.GraphModule, inputs: list[Any], *modules: nn.Module) -> dict[str, HiNMLayer]:
-    nodes = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    return {node.name: pack_layer(m) for node, value in nodes.items() for m in modules if value is m.weight}
 
 
 def pruned(module: nn.Module) -> nn.Module:
@@ -184,140 +167,6 @@ def test_a_fused_encoder_layer_that_is_not_asked_for_stays() -> None:
     assert str(unfuse_encoder_layers_pass(gm, set()).graph) == before
 
 
-# ---------------------------------------------------------------- absorbed orders and fused activations
-
-
-class Chain(nn.Module):
-    """Layers, and what lies between them, as a function."""
-
-    def __init__(self, layers: list[nn.Module], forward: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.layers, self.function = nn.ModuleList(layers), forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.layers)
-
-
-def mlp(hidden: int = 64) -> list[nn.Module]:
-    return [nn.Linear(32, hidden), nn.Linear(hidden, 48)]
-
-
-def convs() -> list[nn.Module]:
-    norm = nn.BatchNorm2d(32)
-    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        nn.init.uniform_(tensor, 0.5, 2.0)  # type: ignore[arg-type]
-    return [nn.Conv2d(8, 32, 3, padding=1), nn.Conv2d(32, 48, 3), norm]
-
-
-TOKENS, IMAGES = torch.randn(3, 5, 32), torch.randn(2, 8, 12, 12)
-ABSORBED: dict[str, tuple[list[nn.Module], Callable[..., Tensor], Tensor]] = {
-    "straight": (mlp(), lambda x, a, b: b(a(x)), TOKENS),
-    "gelu": (mlp(), lambda x, a, b: b(F.gelu(a(x))), TOKENS),
-    "gelu by hand": (mlp(), lambda x, a, b: b((y := a(x)) * 0.5 * (1 + torch.tanh(y + 0.04 * y.pow(3)))), TOKENS),
-    "dropout": (mlp(), lambda x, a, b: b(F.dropout(a(x).relu(), 0.1, False)), TOKENS),
-    "two readers": ([*mlp(), nn.Linear(64, 16)], lambda x, a, b, c: b(y := torch.tanh(a(x))).sum() + c(y), TOKENS),
-    "flattened": (mlp(), lambda x, a, b: b(a(x).view(-1, 64)).view(3, 5, 48), TOKENS),
-    "without a bias": ([nn.Linear(32, 64, bias=False), nn.Linear(64, 48)], lambda x, a, b: b(a(x)), TOKENS),
-    "odd rows": (mlp(60), lambda x, a, b: b(a(x)), TOKENS),
-    "convolutions": (convs(), lambda x, a, b, n: b(F.relu(n(a(x)))), IMAGES),
-    "pooling": (convs(), lambda x, a, b, n: b(F.max_pool2d(a(x), 2) * 2.0 + 1.0), IMAGES),
-    "average": (convs(), lambda x, a, b, n: b(F.avg_pool2d(a(x), 2).sigmoid()), IMAGES),
-    "windows": ([nn.Linear(32, 96), nn.Linear(96, 48)], lambda x, a, b: b(a(x)), TOKENS),
-}
-RESTORED: dict[str, tuple[list[nn.Module], Callable[..., Tensor], Tensor]] = {
-    "residual": ([nn.Linear(32, 32), nn.Linear(32, 32)], lambda x, a, b: b(a(x) + x), TOKENS),
-    "result": ([nn.Linear(32, 32), nn.Linear(32, 32)], lambda x, a, b: b(y := a(x)) + y, TOKENS),
-    "two orders": ([*mlp(), nn.Linear(32, 64)], lambda x, a, b, c: b(F.silu(a(x)) * c(x)), TOKENS),
-    "softmax": (mlp(), lambda x, a, b: b(a(x).softmax(-1)), TOKENS),
-    "layer norm": (mlp(), lambda x, a, b: b(F.layer_norm(a(x), (64,))), TOKENS),
-    "heads": (mlp(), lambda x, a, b: b(a(x).view(3, 5, 8, 8).transpose(2, 3).reshape(3, 5, 64)), TOKENS),
-    "slice": ([nn.Linear(32, 64), nn.Linear(32, 48)], lambda x, a, b: b(a(x)[..., :32]), TOKENS),
-    "scale by channel": (mlp(), lambda x, a, b: b(a(x) * torch.arange(64.0)), TOKENS),
-    "groups": ([nn.Conv2d(8, 32, 3), nn.Conv2d(32, 32, 3, groups=2)], lambda x, a, b: b(a(x)), IMAGES),
-    "training batch norm": (convs(), lambda x, a, b, n: b(F.batch_norm(a(x), None, None, training=True)), IMAGES),
-    "active dropout": (mlp(), lambda x, a, b: b(F.dropout(a(x), 0.0, True)), TOKENS),
-    "statistics": (mlp(), lambda x, a, b: b(y := a(x)) + y.std(), TOKENS),
-    "dense reader": ([nn.Linear(32, 64), nn.Linear(64, 4)], lambda x, a, b: b(a(x)), TOKENS),
-}
-
-
-def sparsified(layers: list[nn.Module], function: Callable[..., Tensor], x: Tensor, window: int | None = 16) -> Any:
-    """The sparsified graph of a pruned chain, its inputs, and its result."""
-    model = Chain(layers, function).eval()
-    prune(model, HiNMPattern(8, window=window), generator=torch.Generator().manual_seed(1))
-    gm, inputs = capture(model, x)
-    modules = [module for module in layers if getattr(module, "hinm_layout", None) is not None]
-    sparsify_layers_pass(gm, packed_by_name(gm, inputs, *modules))
-    with torch.no_grad():
-        return gm, inputs, gm(*inputs)[0]
-
-
-@pytest.mark.parametrize("case", ABSORBED.values(), ids=ABSORBED)
-def test_an_order_that_all_readers_can_be_told_of_is_absorbed(
-    case: tuple[list[nn.Module], Callable[..., Tensor], Tensor], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "lightning_hinm.passes")
-    gm, inputs, expected = sparsified(*case)
-    absorb_orders_pass(gm)
-    assert caplog.messages[-1] == "absorb_orders_pass: 1 orders"
-    first = next(node for node in gm.graph.nodes if "hinm." in str(node.target))
-    order = getattr(gm, operand(first, "output_order").target)
-    assert torch.equal(order, torch.arange(len(order)))
-    assert getattr(gm, operand(first, "restore").target).numel() == 0
-    with torch.no_grad():
-        torch.testing.assert_close(gm(*inputs)[0], expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", RESTORED.values(), ids=RESTORED)
-def test_an_order_that_anything_else_meets_is_restored(
-    case: tuple[list[nn.Module], Callable[..., Tensor], Tensor],
-) -> None:
-    gm, _, _ = sparsified(*case)
-    before = str(gm.graph)
-    assert str(absorb_orders_pass(gm).graph) == before
-
-
-def test_orders_are_absorbed_along_a_chain() -> None:
-    layers = [*mlp(), nn.Linear(48, 40), nn.Linear(40, 32)]
-    gm, inputs, expected = sparsified(layers, lambda x, a, b, c, d: d(F.relu(c(F.relu(b(F.relu(a(x))))))), TOKENS)
-    absorb_orders_pass(gm)
-    restored = [getattr(gm, operand(node, "restore").target).numel() for node in gm.graph.nodes if ops_of(node)]
-    assert [bool(count) for count in restored] == [False, False, False, True]
-    with torch.no_grad():
-        torch.testing.assert_close(gm(*inputs)[0], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_layer_that_is_called_twice_absorbs_each_call_by_itself() -> None:
-    layers = [nn.Linear(32, 32), nn.Linear(32, 32)]
-    gm, inputs, expected = sparsified(layers, lambda x, a, b: b(a(a(x).relu())) + a(x), TOKENS)
-    absorb_orders_pass(gm)
-    restored = [getattr(gm, operand(node, "restore").target).numel() for node in gm.graph.nodes if ops_of(node)]
-    assert sorted(map(bool, restored)) == [False, False, True, True]
-    with torch.no_grad():
-        torch.testing.assert_close(gm(*inputs)[0], expected, rtol=1e-5, atol=1e-5)
-
-
-def ops_of(node: fx.Node) -> bool:
-    return "hinm." in str(node.target)
-
-
-def test_a_reader_on_a_gpu_keeps_its_columns_in_their_runs() -> None:
-    pattern = HiNMPattern(32, window=16)
-    for window, absorbed in ((16, False), (None, True)):
-        model = nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 64)).half().eval()
-        prune(model, replace(pattern, window=window), generator=torch.Generator().manual_seed(1))
-        x = torch.randn(5, 32).half()
-        with emulated():
-            gm, inputs = capture(model, x)
-            sparsify_layers_pass(gm, packed_by_name(gm, inputs, model[0], model[2]))
-            with torch.no_grad():
-                expected = gm(*inputs)[0]
-                before = str(gm.graph)
-                absorb_orders_pass(gm)
-                assert (str(gm.graph) != before) == absorbed
-                torch.testing.assert_close(gm(*inputs)[0], expected, rtol=2e-3, atol=2e-3)
-
-
 ACTIVATED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "F.relu": ("relu", F.relu),
     "torch.relu": ("relu", torch.relu),
@@ -339,21 +188,22 @@ def test_a_kernel_applies_the_activation_that_follows(
     name, function = case
     model = Chain([layer], lambda x, a: function(a(x))).half().eval()
     prune(model, HiNMPattern(32), method="identity")
-    x = (TOKENS if isinstance(layer, nn.Linear) else IMAGES).half()
+    x = (torch.randn(3, 5, 32) if isinstance(layer, nn.Linear) else torch.randn(2, 8, 12, 12)).half()
     with emulated():
         gm, inputs = capture(model, x)
         sparsify_layers_pass(gm, packed_by_name(gm, inputs, layer))
         with torch.no_grad():
             expected = gm(*inputs)[0]
             fuse_activations_pass(gm)
-            (op,) = [node for node in gm.graph.nodes if ops_of(node)]
+            (op,) = sparse_ops(gm)
             assert operand(op, "activation", "none") == name
             assert (next(iter(op.users)).op == "output") == (name != "none")
             torch.testing.assert_close(gm(*inputs)[0], expected, rtol=4e-3, atol=4e-3)
 
 
 def test_on_a_cpu_the_activation_stays_for_inductor_to_fuse() -> None:
-    gm, _, _ = sparsified(*ABSORBED["gelu"])
+    model = pruned(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)))
+    gm, _ = sparse_graph(model, torch.randn(3, 32))
     before = str(gm.graph)
     assert str(fuse_activations_pass(gm).graph) == before
 
@@ -380,7 +230,7 @@ def test_lifted_tensors_are_those_of_the_layers_and_what_follows_can_read_them()
             held = {id(tensor) for tensor in gm.buffers()}
             assert held == {id(tensor) for tensor in tensors.values()}
             fuse_activations_pass(absorb_orders_pass(gm))
-            first, second = (node for node in gm.graph.nodes if ops_of(node))
+            first, second = sparse_ops(gm)
             assert operand(first, "activation", "none") == "relu"
             assert torch.equal(getattr(gm, operand(first, "output_order").target), torch.arange(64))
             assert operand(second, "restore").op == "get_attr"
@@ -388,7 +238,9 @@ def test_lifted_tensors_are_those_of_the_layers_and_what_follows_can_read_them()
 
 
 def test_a_pass_lets_go_of_tensors_that_nothing_reads_any_more() -> None:
-    gm, _, _ = sparsified(*ABSORBED["straight"])
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
+    set_orders(model, PATTERN)
+    gm, _ = sparse_graph(model, torch.randn(3, 16))
     absorb_orders_pass(gm)
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
     assert {name for name, _ in gm.named_buffers()} == read
@@ -567,7 +419,7 @@ def test_behind_a_folded_norm_orders_are_absorbed_and_activations_applied() -> N
             expected = gm(*inputs)[0]
             assert fold_all(gm, inputs) == 1
             fuse_activations_pass(absorb_orders_pass(gm))
-            one, other = (node for node in gm.graph.nodes if ops_of(node))
+            one, other = sparse_ops(gm)
             assert operand(one, "activation") == "relu"
             assert other.args[0] is one
             assert torch.equal(getattr(gm, operand(one, "output_order").target), torch.arange(64))

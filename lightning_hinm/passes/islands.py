@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lightning_hinm import kernels
 from lightning_hinm.layout import is_in_order
 from lightning_hinm.ops import cost, hinm_conv2d, hinm_linear
-from lightning_hinm.passes.absorb import BINARY, UNARY, _held, _is_idle_dropout, _keeps_last_size
-from lightning_hinm.passes.sparsify import finish_pass, operand, set_operand, shape_of
+from lightning_hinm.passes.rules import ELEMENTWISE, argument
+from lightning_hinm.passes.sparsify import finish_pass, held, operand, seen_shape, set_operand
 from lightning_hinm.pattern import HiNMPattern
 from lightning_hinm.plan import TOKENS
-
-TURNING = {"contiguous", "clone"}  # elementwise, but of a storage of their own
 
 
 @dataclass(eq=False)
@@ -74,11 +74,11 @@ def contexts_of(gm: fx.GraphModule) -> dict[int, list[dict[str, Any]]]:
     for node in gm.graph.nodes:
         if node.target in (hinm_linear, hinm_conv2d) and operand(node, "values").op == "get_attr":
             context = {
-                "restored": not is_in_order(_held(gm, node, "output_order")),
+                "restored": not is_in_order(held(gm, node, "output_order")),
                 "feature_major": read.get(node, False),
                 "feature_major_out": operand(node, "feature_major", False),
             }
-            contexts.setdefault(id(_held(gm, node, "values")), []).append(context)
+            contexts.setdefault(id(held(gm, node, "values")), []).append(context)
     return contexts
 
 
@@ -115,17 +115,15 @@ def _join(islands: set[Island], of: dict[fx.Node, Island]) -> Island:
 
 def _keeps_storage(node: fx.Node, of: Mapping[fx.Node, Island]) -> bool:
     """Whether a value lies as the values of the islands lie that it is computed from."""
-    if node.op not in ("call_function", "call_method") or node.target in TURNING:
-        return False
-    if node.target in BINARY:
+    others = [source for source in node.all_input_nodes if source not in of]
+    if node.target in ELEMENTWISE:
         # Another value of several dimensions may lie otherwise, and the first of the two decides.
-        return all(source in of or _dimensions(source) <= 1 for source in node.all_input_nodes)
-    first = node.args[0]
-    if not isinstance(first, fx.Node) or any(source in of for source in node.all_input_nodes if source is not first):
-        return False
-    shape = shape_of(first)
-    keeps = shape is not None and _keeps_last_size(node, shape[-1])
-    return node.target in UNARY or _is_idle_dropout(node) or keeps
+        return "memory_format" not in node.kwargs and all(_dimensions(source) <= 1 for source in others)
+    if node.target in (F.dropout, F.dropout1d, F.dropout2d):
+        return argument(node, 2, "training", True) is False
+    before, after = seen_shape(node.all_input_nodes[0]), seen_shape(node)
+    reshapes = node.target in ("view", "reshape", "flatten", torch.reshape, torch.flatten)
+    return reshapes and None not in (before, after) and before[-1:] == after[-1:]  # type: ignore[index]
 
 
 def _dimensions(node: fx.Node) -> float:
@@ -171,10 +169,10 @@ def _predict(gm: fx.GraphModule, node: fx.Node, *storage: bool) -> float:
     """Seconds of a layer on the kernel that should be fastest, for input and result in rows or feature-major."""
     if operand(node, "expansion_metadata") is None:
         return 0.0
-    device = _held(gm, node, "expansion").device
+    device = held(gm, node, "expansion").device
     pattern = HiNMPattern(*(operand(node, name) for name in HiNMPattern.__dataclass_fields__))
-    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    shape = seen_shape(node.args[0])  # type: ignore[arg-type]
     tokens = TOKENS if shape is None else math.prod(shape[:-1])
-    call = cost.Call(pattern, len(_held(gm, node, "output_order")), operand(node, "in_features"), tokens, *storage)
+    call = cost.Call(pattern, len(held(gm, node, "output_order")), operand(node, "in_features"), tokens, *storage)
     choice = cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device))
     return math.inf if choice is None else choice.seconds

@@ -112,7 +112,7 @@ def unfuse_encoder_layers_pass(gm: fx.GraphModule, weights: Set[str]) -> fx.Grap
             continue
         with gm.graph.inserting_before(node):
             new = _call_parts(gm.graph, given)
-        new.meta = dict(node.meta)
+        new.meta = node.meta | new.meta
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         count += 1
@@ -125,22 +125,31 @@ def _encoder_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _call_parts(graph: fx.Graph, given: Mapping[str, Any]) -> fx.Node:
+    x, first, width = given["src"], given["norm_first"], given["embed_dim"]
+    sample = x.meta.get("example_value")
+
+    def call(target: Any, arguments: tuple[Any, ...], width: int = width) -> fx.Node:
+        node = graph.call_function(target, arguments)
+        if sample is not None:
+            node.meta["example_value"] = sample.new_empty((*sample.shape[:-1], width))
+        return node
+
     def norm(x: fx.Node, i: int) -> fx.Node:
-        numbers = ((given["embed_dim"],), given[f"norm_weight_{i}"], given[f"norm_bias_{i}"], given["eps"])
-        return graph.call_function(F.layer_norm, (x, *numbers))
+        return call(F.layer_norm, (x, (width,), given[f"norm_weight_{i}"], given[f"norm_bias_{i}"], given["eps"]))
 
-    def linear(x: fx.Node, i: int) -> fx.Node:
-        return graph.call_function(F.linear, (x, given[f"ffn_weight_{i}"], given[f"ffn_bias_{i}"]))
+    def linear(x: fx.Node, i: int, width: int) -> fx.Node:
+        return call(F.linear, (x, given[f"ffn_weight_{i}"], given[f"ffn_bias_{i}"]), width)
 
-    x, first = given["src"], given["norm_first"]
     y = norm(x, 1) if first else x
     names = ("embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "mask")
     attention = (y, y, y, *(given[name] for name in names), False, True, given["mask_type"])
-    y = graph.call_function(operator.getitem, (graph.call_function(torch._native_multi_head_attention, attention), 0))
-    x = graph.call_function(torch.add, (y, x))
+    y = call(operator.getitem, (graph.call_function(torch._native_multi_head_attention, attention), 0))
+    x = call(torch.add, (y, x))
     x = x if first else norm(x, 1)
-    y = graph.call_function(F.gelu if given["use_gelu"] else F.relu, (linear(norm(x, 2) if first else x, 1),))
-    x = graph.call_function(torch.add, (linear(y, 2), x))
+    hidden = given["ffn_weight_1"].meta["example_value"].shape[0]
+    y = linear(norm(x, 2) if first else x, 1, hidden)
+    y = call(F.gelu if given["use_gelu"] else F.relu, (y,), hidden)
+    x = call(torch.add, (linear(y, 2, width), x))
     return x if first else norm(x, 2)
 
 
@@ -291,17 +300,27 @@ def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mappin
         reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         if any(size % 2 for size in reach):
             pads = [side for size in reversed(reach) for side in (size // 2, size - size // 2)]
-            x = graph.call_function(F.pad, (x, pads))
+            x = _call(graph, F.pad, x, pads)
             padding = 0
         else:
             padding = [size // 2 for size in reach]
     padding = _each(0 if padding == "valid" else padding, len(kernel))
     if call.kind == "conv1d":
-        x = graph.call_function(torch.unsqueeze, (x, -2))
+        x = _call(graph, torch.unsqueeze, x, -2)
         kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     numbers = (layer.shape[1] * layer.groups, *kernel, *stride, *padding, *dilation, layer.groups)
     out = graph.call_function(hinm_conv2d, (x, *packed, *numbers, *layer.pattern.fields))
-    return graph.call_function(torch.squeeze, (out, -2)) if call.kind == "conv1d" else out
+    if call.kind != "conv1d":
+        return out
+    out.meta["example_value"] = call.node.meta["example_value"].unsqueeze(-2)
+    return _call(graph, torch.squeeze, out, -2)
+
+
+def _call(graph: fx.Graph, target: Any, x: Any, *arguments: Any) -> fx.Node:
+    """A call whose node knows its ``example_value``, as Dynamo's do."""
+    node = graph.call_function(target, (x, *arguments))
+    node.meta["example_value"] = target(x.meta["example_value"], *arguments)
+    return node
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
@@ -310,12 +329,23 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
     return sizes * count if len(sizes) == 1 else sizes
 
 
-def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+def seen_shape(node: fx.Node) -> tuple[int, ...] | None:
     """The shape that Dynamo saw; a dynamic size stands for the one that was seen. None where it saw none."""
     value = node.meta.get("example_value")
     if not isinstance(value, Tensor):
         return None
     return tuple(size if isinstance(size, int) else int(size.node.hint or TOKENS) for size in value.shape)
+
+
+def held_or_none(gm: fx.GraphModule, node: fx.Node, name: str) -> Tensor | None:
+    """The tensor behind an operand, where the graph holds it itself."""
+    source = operand(node, name)
+    return getattr(gm, str(source.target)) if isinstance(source, fx.Node) and source.op == "get_attr" else None
+
+
+def held(gm: fx.GraphModule, node: fx.Node, name: str) -> Tensor:
+    """The same, of an operand that is known to be held."""
+    return getattr(gm, operand(node, name).target)
 
 
 def operand(node: fx.Node, name: str, default: Any = None) -> Any:

@@ -1,0 +1,85 @@
+"""Which layers write one stream of channels, found by tracing the model."""
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_hinm.passes import find_streams
+from lightning_hinm.pattern import HiNMPattern
+from lightning_hinm.prune import find_layers
+from lightning_hinm.traced import trace_tensors
+
+
+def shared_orders(
+    model: nn.Module,
+    *inputs: Any,
+    pattern: HiNMPattern | Mapping[str, HiNMPattern] | None = None,
+    include: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> list[list[str]]:
+    """The sets of layers that ``torch.compile(model, backend="hinm")`` would restore nothing of, had they one order.
+
+    Layers whose rows are added or multiplied with each other, the two projections that every block adds to the residual
+    stream of a transformer for one, leave their rows as they are packed only if all are packed in one order. A set is
+    listed where that spares more restores than the ``index_select`` it needs elsewhere. A shared order retains a little
+    less saliency than orders of their own.
+
+    Args:
+        model: not pruned yet; it is traced in eval mode, and left as it is.
+        inputs: what it is called with; shapes are all that matters.
+        pattern: as for ``prune``, and so are the others: which layers will be pruned. None: ``HiNMPattern()``.
+        include: as for ``prune``.
+        ignore: as for ``prune``.
+
+    Returns:
+        Names of the layers of each set, two or more in each, in the model's order; no layer is in two sets.
+
+    Raises:
+        ValueError: as ``prune``, for entries that match nothing, or nothing to prune.
+    """
+    layers, _ = find_layers(model, HiNMPattern() if pattern is None else pattern, include=include, ignore=ignore)
+    wanted = {id(layer.weight): layer for layer in layers}
+    found: list[set[str]] = []
+
+    def record(gm: Any, example_inputs: list[Any]) -> Any:
+        traced = trace_tensors(gm, example_inputs).layers
+        names = {node.name: layer for node, each in traced.items() if (layer := wanted.get(id(each.module.weight)))}
+        for stream in find_streams(gm, names.keys()):
+            # An order fits layers of one vector_size, and of one group of channels.
+            by_size: dict[int, set[str]] = {}
+            for node in stream:
+                for weight in node.all_input_nodes:
+                    if weight.name in names and names[weight.name].groups == 1:
+                        layer = names[weight.name]
+                        by_size.setdefault(layer.pattern.vector_size, set()).add(layer.name)
+            found.extend(by_size.values())
+        return gm.forward
+
+    modes = {module: module.training for module in model.modules()}
+    # Code of its own, whose graphs are forgotten with it: what was compiled of the model before stays.
+    call = types.FunctionType(_call.__code__.replace(), globals())
+    try:
+        model.eval()
+        with torch.inference_mode():
+            torch.compile(call, backend=record)(model, inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return _merged(found, [layer.name for layer in layers])
+
+
+def _call(model: Any, inputs: Any) -> Any:
+    return model(*inputs)
+
+
+def _merged(sets: Sequence[set[str]], names: Sequence[str]) -> list[list[str]]:
+    """Sets that have a layer in common are one: a layer that is called twice has one order."""
+    merged: list[set[str]] = []
+    for names_of_set in sets:
+        touching = [each for each in merged if each & names_of_set]
+        merged = [each for each in merged if not each & names_of_set] + [names_of_set.union(*touching)]
+    ordered = [[name for name in names if name in each] for each in merged]
+    return sorted((each for each in ordered if len(each) > 1), key=lambda each: names.index(each[0]))

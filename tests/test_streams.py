@@ -1,0 +1,133 @@
+"""Which layers have to share an order, said before anything is pruned."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_hinm import HiNMPattern, shared_orders
+from lightning_hinm.passes import absorb_orders_pass
+from tests.graphs import restored, set_orders, sparse_graph
+from tests.networks import NETWORKS
+
+PATTERN = HiNMPattern(8)
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+class Block(nn.Module):
+    """A residual block of a stream that the caller passes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate, self.up, self.down = nn.Linear(width, 64), nn.Linear(width, 64), nn.Linear(64, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+class Tower(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 32)
+        self.blocks = nn.ModuleList(Block(32) for _ in range(blocks))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        for block in self.blocks:
+            y = block(y)
+        return self.head(y)
+
+
+TEXT = torch.arange(6).view(2, 3)
+
+
+def pairs(count: int) -> list[list[str]]:
+    return [[f"blocks.{i}.gate", f"blocks.{i}.up"] for i in range(count)]
+
+
+def test_a_stream_is_listed_where_one_order_spares_more_restores_than_copies() -> None:
+    assert shared_orders(Tower(2), TEXT, pattern=PATTERN) == pairs(2)  # one copy in, one out
+    residual = [f"blocks.{i}.down" for i in range(3)]
+    assert shared_orders(Tower(3), TEXT, pattern=PATTERN) == [pairs(3)[0], residual, *pairs(3)[1:]]
+
+
+def test_only_layers_that_will_be_pruned_are_listed() -> None:
+    model = Tower(3)
+    assert shared_orders(model, TEXT, pattern=PATTERN, include=["re:.*(gate|up)$"]) == pairs(3)
+    assert shared_orders(model, TEXT, pattern=PATTERN, ignore=["re:.*up$", "blocks.0.down"]) == []
+    patterns = {"re:.*gate$": HiNMPattern(16), "*": PATTERN}
+    assert shared_orders(model, TEXT, pattern=patterns) == [[f"blocks.{i}.down" for i in range(3)]]
+    with pytest.raises(ValueError, match="'nothing' matches no Linear"):
+        shared_orders(model, TEXT, ignore=["nothing"])
+
+
+def test_a_layer_that_is_called_twice_joins_what_it_writes() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(self.a(x) + self.b(x)) + self.d(self.a(x).relu() * self.c(x))
+
+    assert shared_orders(Twice(), torch.randn(3, 32), pattern=PATTERN) == [["a", "b", "c"]]
+
+
+def test_the_model_its_modes_and_what_was_compiled_of_it_stay_as_they_are() -> None:
+    model = Tower(2)
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(TEXT)
+        torch._dynamo.utils.counters.clear()
+        for _ in range(10):  # more than Dynamo's limit of recompilations
+            assert shared_orders(model, TEXT, pattern=PATTERN) == pairs(2)
+        assert [module.training for module in model.modules()] == before
+        torch._dynamo.utils.counters.clear()
+        compiled(TEXT)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_a_model_whose_graph_breaks_is_followed_in_pieces() -> None:
+    class Broken(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.blocks[0](self.embed(x))
+            torch._dynamo.graph_break()
+            return self.head(self.blocks[1](y))
+
+    assert shared_orders(Broken(2), TEXT, pattern=PATTERN) == pairs(2)
+
+
+@pytest.mark.parametrize("name", ["llama", "resnet18", "mobilenet-v3", "convnext", "vit"])
+def test_layers_that_share_the_orders_that_are_listed_restore_less(name: str) -> None:
+    model, inputs = NETWORKS[name].make(), NETWORKS[name].inputs(2)
+    sets = shared_orders(model, *inputs.values(), pattern=PATTERN)
+    assert sets
+    left = []
+    for shared in ([], sets):
+        set_orders(model, PATTERN, shared)
+        gm, _ = sparse_graph(model, **inputs)
+        absorb_orders_pass(gm)
+        left.append(sum(restored(gm)))
+    assert left[1] < left[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [("vit", "aot_eager"), ("llama", "aot_eager"), ("mobilenet-v3", "aot_eager"), ("resnet18", "inductor")],
+)
+def test_a_network_with_shared_orders_compiles_to_what_the_masked_model_computes(name: str, inner: str) -> None:
+    network = NETWORKS[name]
+    model = network.make().eval()
+    set_orders(model, PATTERN, shared_orders(model, *network.inputs(2).values(), pattern=PATTERN))
+    options = {"plan": "sparse", "inner": inner}
+    function = torch.compile(model, backend="hinm", fullgraph=True, dynamic=inner == "aot_eager", options=options)
+    with torch.inference_mode():
+        for batch in (2, 3) if inner == "aot_eager" else (2,):
+            inputs = network.inputs(batch)
+            actual, expected = function(**inputs), model(**inputs)
+            actual, expected = (out if isinstance(out, Tensor) else out[0] for out in (actual, expected))
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
