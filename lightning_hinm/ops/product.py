@@ -24,22 +24,20 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
 
     Nothing is transposed on the way: the product takes its columns from either storage and writes either.
     """
-    expansion, columns, restore = tiles(operands), columns_of_x(operands), restored_rows(operands)
-    count, height, _ = expansion.shape
+    expansion, columns, restore, bias = tiles(operands), columns_of_x(operands), restored_rows(operands), operands.bias
     tokens, rows = x.reshape(-1, operands.in_features), operands.output_order.shape[0]
-    n, features = len(tokens), operands.feature_major
-    out = x.new_empty(rows, n).t() if features else x.new_empty(n, rows)  # [N, O]
-    as_packed = not restore.numel() and rows == count * height
+    n, packed_rows = tokens.shape[0], expansion.shape[0] * expansion.shape[1]
+    out = x.new_empty(rows, n).t() if operands.feature_major else x.new_empty(n, rows)  # [N, O]
     step = BLOCK if x.device.type == "cpu" else max(n, 1)
     for first in range(0, n, step):
-        block, part = tokens[first : first + step], out[first : first + step]
-        if as_packed:
-            _write_product(expansion, block, columns, operands.bias, part)
+        block, part = (tokens, out) if n <= step else (tokens[first : first + step], out[first : first + step])
+        if rows == packed_rows and not restore.numel():
+            _write_product(expansion, block, columns, bias, part)
             continue
-        size = (count * height, len(block))
-        product = x.new_empty(size).t() if features else x.new_empty(size[::-1])  # [n, T * V]
+        size = (packed_rows, len(block))
+        product = x.new_empty(size).t() if operands.feature_major else x.new_empty(size[::-1])  # [n, T * V]
         _write_product(expansion, block, columns, None, product)
-        _write(_take_columns(product, restore) if restore.numel() else product[:, :rows], operands.bias, part)
+        _write(_take_columns(product, restore) if restore.numel() else product[:, :rows], bias, part)
     return activate(out.reshape(*x.shape[:-1], rows), operands.activation)
 
 
@@ -95,17 +93,23 @@ def _write_product(expansion: Tensor, tokens: Tensor, columns: Tensor, bias: Ten
     most = ROW_NUMBERS if tokens.stride(1) == 1 else FEATURE_NUMBERS
     step = max(most // (p * n), 1) if tokens.device.type == "cpu" else count
     for first in range(0, count, step):
-        some = expansion[first : first + step]
-        gathered = _take_columns(tokens, columns[first * p : (first + step) * p])  # [n, t * P]
-        gathered = gathered.t().unflatten(0, (-1, p))  # [t, P, n], of any strides
-        part = out[:, first * height : (first + step) * height].unflatten(1, (-1, height))  # [n, t, V]
-        own = None if bias is None else bias[first * height : (first + step) * height].view(-1, 1, height)  # [t, 1, V]
+        some, own_columns, own_bias, part = expansion, columns, bias, out
+        if step < count:
+            some, own_columns = expansion[first : first + step], columns[first * p : (first + step) * p]
+            rows = slice(first * height, (first + step) * height)
+            own_bias, part = None if bias is None else bias[rows], out[:, rows]
+        gathered = _take_columns(tokens, own_columns)  # [n, t * P]
+        in_rows = gathered.stride(1) == 1
+        gathered = gathered.view(n, -1, p).transpose(0, 1) if in_rows else gathered.t().view(-1, p, n)
+        # The product reads either storage as it lies; it is asked for in that of the result.
         if out.stride(1) == 1:
-            product, part = torch.bmm(gathered.transpose(1, 2), some.transpose(1, 2)), part.transpose(0, 1)
+            gathered = gathered if in_rows else gathered.transpose(1, 2)  # [t, n, P]
+            product = torch.bmm(gathered, some.transpose(1, 2)).transpose(0, 1)  # [n, t, V]
+            _write(product, None if own_bias is None else own_bias.view(-1, height), part.view(n, -1, height))
         else:
-            product, part = torch.bmm(some, gathered), part.permute(1, 2, 0)
-            own = None if own is None else own.transpose(1, 2)
-        _write(product, own, part)
+            gathered = gathered.transpose(1, 2) if in_rows else gathered  # [t, P, n]
+            own_bias = None if own_bias is None else own_bias.view(-1, height, 1)
+            _write(torch.bmm(some, gathered), own_bias, part.t().view(-1, height, n))
 
 
 def _take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
