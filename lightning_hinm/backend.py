@@ -31,9 +31,9 @@ from lightning_hinm.passes import (
 )
 from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind
-from lightning_hinm.plan import Decision, decide, workload_of
+from lightning_hinm.plan import Workload, decide, workload_of
 from lightning_hinm.prune import layout_of
-from lightning_hinm.traced import Traced, TracedTensor, guard, guard_layouts, trace_tensors
+from lightning_hinm.traced import Traced, TracedTensor, copy_graph, guard, guard_layouts, trace_tensors
 from lightning_hinm.twins import Maker, PackedTwin, repack_all, twin_of, twins_of
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,10 @@ OPTIONS = {"plan": ("auto", "sparse", "dense"), "inner": ("inductor", "aot_eager
 
 class Sparsified(NamedTuple):
     """The twins that a graph runs, each with the placeholders that it is made of; and by the placeholder of its weight
-    what was decided on a layer, if anything was."""
+    the calls on which it was decided whether a layer is one of them, if it was."""
 
     twins: list[tuple[PackedTwin, tuple[fx.Node, ...]]]
-    decisions: Mapping[fx.Node, Decision]
+    workloads: Mapping[fx.Node, Sequence[Workload]]
 
 
 class Origin(NamedTuple):
@@ -119,7 +119,7 @@ def hinm_backend(
     return run
 
 
-def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str) -> "Sparsified":
+def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str) -> Sparsified:
     """The calls of pruned layers become sparse ops, which still restore all orders, and the norms behind them fold.
 
     Args:
@@ -133,10 +133,10 @@ def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str) -> "Sparsified
     calls = find_calls(gm)
     reached = {call.weight for call in calls}
     pruned = {node: each for node, each in traced.pruned.items() if node in reached}
-    twins, decisions = _make_twins(pruned), {}
+    twins, workloads = _make_twins(pruned), {}
     if plan == "auto":
-        decisions = _decide(gm, pruned, twins, calls)
-        twins = {node: twin for node, twin in twins.items() if decisions[node].path == "sparse"}
+        workloads = _find_workloads(gm, pruned, twins, calls)
+        twins = {node: twin for node, twin in twins.items() if _wins(twin.name, workloads[node])}
     converted = traced.converted
     lift_tensors_pass(gm, {node.name: each.tensor for node, each in converted.items()})
     _sparsify(gm, twins)
@@ -148,7 +148,7 @@ def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str) -> "Sparsified
     folded = _fold_norms(gm, traced.tensors, origins)
     held = {id(tensor) for tensor in gm.buffers()}
     used = [(twin, (node,)) for node, twin in twins.items() if id(twin.layer.values) in held]
-    return Sparsified([*used, *folded], decisions)
+    return Sparsified([*used, *folded], workloads)
 
 
 def finish_graph(gm: fx.GraphModule) -> None:
@@ -273,21 +273,19 @@ def _fold(
     return fold_norm(packed, **dict(zip(names, tensors, strict=True)), eps=eps, name=name)
 
 
-def _decide(
+def _find_workloads(
     gm: fx.GraphModule,
     layers: Mapping[fx.Node, TracedTensor],
     twins: Mapping[fx.Node, PackedTwin],
     calls: Sequence[LayerCall],
-) -> dict[fx.Node, Decision]:
-    """Sparse or dense for each layer, all of its calls together: on the shapes that Dynamo saw, and each call with the
-    order and the storage that it would have if all layers were sparse."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    trial = fx.GraphModule(gm, graph)
+) -> dict[fx.Node, list[Workload]]:
+    """The calls of each layer: on the shapes that Dynamo saw, and each with the order and the storage that it would
+    have if all layers were sparse."""
+    trial = copy_graph(gm)
     _sparsify(trial, twins)
     finish_graph(trial)
     contexts = contexts_of(trial)
-    decisions = {}
+    found = {}
     for node, twin in twins.items():
         workloads = []
         for call in calls:
@@ -299,9 +297,14 @@ def _decide(
         own = contexts.get(id(twin.layer.values), [])
         if len(own) == len(workloads):
             workloads = [replace(workload, **context) for workload, context in zip(workloads, own, strict=True)]
-        decisions[node] = decide(*workloads)
-        log.info("hinm: %s runs %s: %s", twin.name, decisions[node].path, decisions[node].reason)
-    return decisions
+        found[node] = workloads
+    return found
+
+
+def _wins(name: str, workloads: Sequence[Workload]) -> bool:
+    decision = decide(*workloads)
+    log.info("hinm: %s runs %s: %s", name, decision.path, decision.reason)
+    return decision.path == "sparse"
 
 
 def _warn_without_layout(gm: fx.GraphModule) -> None:

@@ -3,9 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,9 +19,20 @@ from lightning_hinm.ops import expanded_bytes, hinm_conv2d, hinm_linear
 from lightning_hinm.passes import find_calls, find_layer_calls, orders_of
 from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind, plain_name
-from lightning_hinm.plan import LEAST, MOST, SECONDS, LayerPlan, ModelPlan, decide, packed_of, wait_for, workload_of
+from lightning_hinm.plan import (
+    LEAST,
+    MOST,
+    SECONDS,
+    LayerPlan,
+    ModelPlan,
+    Workload,
+    decide,
+    packed_of,
+    wait_for,
+    workload_of,
+)
 from lightning_hinm.prune import PrunableLayer, layout_of
-from lightning_hinm.traced import guard_layouts, trace_tensors
+from lightning_hinm.traced import evaluating, guard_layouts, read_graphs, reading_backend, trace_tensors
 
 
 class Forward(NamedTuple):
@@ -50,22 +59,29 @@ class Fate(NamedTuple):
     reason: str = ""
 
 
+class Reading(NamedTuple):
+    """What a graph does with its layers: the fates of their orders, and the calls on which each was decided."""
+
+    fates: list[Fate]
+    workloads: "list[tuple[ref[nn.Module], Sequence[Workload]]]"
+
+
 OUT_OF_REACH = "out of reach of"
 SPARSE_OPS = (hinm_linear, hinm_conv2d)
-_fates: ContextVar[list[Fate]] = ContextVar("fates")
 
 
 def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
     """What ``torch.compile(model, backend="hinm")`` does with every layer of a pruned or converted model, and why.
 
     Two times decide on a layer, dense and sparse, both measured alone, on random numbers: of a small input, or, with
-    inputs, of all its calls in one forward. With inputs the model is run on them, in eval mode and without gradients:
+    inputs, of all its calls in one forward, each in the order and the storage that its graph gives it. With inputs the
+    model is run on them, in eval mode and without gradients:
 
     * in eager mode, to measure the calls of each layer inside the model as it stands, and all that is around them:
       medians of several forwards, whose sum is the time of the whole. On a GPU each layer is waited for, which takes
       longer than a forward that is left alone, and the fused kernel of ``nn.TransformerEncoderLayer`` is not used;
-    * once traced by Dynamo, to read in its graphs what becomes of the order of each layer's rows. That is what a
-      compiled model does; in eager mode a converted one restores every order.
+    * once traced by Dynamo, to read in its graphs which layers run sparse, and what becomes of the order of each one's
+      rows. That is what a compiled model does; in eager mode a converted one restores every order.
 
     Args:
         model: pruned, converted, or neither: a layer without a layout is listed as dense.
@@ -79,26 +95,34 @@ def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
     named = ((plain_name(path), module) for path, module in model.named_modules())
     layers = {name: module for name, module in named if layer_kind(module) or packed_of(module)}
     if not inputs and not named_inputs:
-        return ModelPlan(tuple(_explain_layers(layers, None)))
-    with _evaluating(model), torch.inference_mode():
+        return ModelPlan(tuple(_explain_layers(layers, None, [])))
+    with evaluating(model):
         forward = time_forward(model, list(layers.values()), inputs, named_inputs)
-        plans = _explain_layers(layers, forward)
-        notes: list[str] = []
-        if any(plan.path == "sparse" for plan in plans):
-            fates, notes = trace_orders(model, inputs, named_inputs)
-            plans = _add_orders(plans, layers, fates)
+    readings: list[Reading] = []
+    notes: list[str] = []
+    if any(packed_of(module) or layout_of(module) for module in layers.values()):
+        readings, notes = trace_layers(model, inputs, named_inputs)
+    plans = _explain_layers(layers, forward, readings)
+    plans = _add_orders(plans, layers, [fate for reading in readings for fate in reading.fates])
     unknown = [plan.name for plan in plans if plan.path == "sparse" and plan.calls and plan.order is None]
     if unknown and not notes:
         notes = [f"Order unknown of {', '.join(unknown)}: no call of it is in a graph that Dynamo captures."]
     return ModelPlan(tuple(plans), forward.seconds, tuple(notes))
 
 
-def _explain_layers(layers: Mapping[str, nn.Module], forward: Forward | None) -> list[LayerPlan]:
+def _explain_layers(
+    layers: Mapping[str, nn.Module], forward: Forward | None, readings: Sequence[Reading]
+) -> list[LayerPlan]:
     plans: list[LayerPlan] = []
     owners: dict[int, str] = {}
+    traced: dict[int, list[Sequence[Workload]]] = {}  # of each graph that decided on a weight
+    for reading in readings:
+        for reference, workloads in reading.workloads:
+            if workloads and (layer := reference()) is not None:
+                traced.setdefault(_identity(layer), []).append(workloads)
     for name, module in layers.items():
         shapes = forward.shapes.get(module, []) if forward else []
-        plan = _explain_layer(name, module, shapes)
+        plan = _explain_layer(name, module, shapes, traced.get(_identity(module), []))
         if forward is not None:
             plan = replace(plan, calls=len(shapes), measured_seconds=forward.layers.get(module))
             if not shapes:
@@ -110,14 +134,17 @@ def _explain_layers(layers: Mapping[str, nn.Module], forward: Forward | None) ->
     return plans
 
 
-def _explain_layer(name: str, module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> LayerPlan:
+def _explain_layer(
+    name: str, module: nn.Module, shapes: Sequence[tuple[int, ...]], traced: Sequence[Sequence[Workload]]
+) -> LayerPlan:
     layer: Any = module
     packed = packed_of(module)
     if packed is not None:
         held = packed.nbytes + sum(tensor.nbytes for tensor in layer.expanded.values())
         plan = LayerPlan(name, layer.kind, packed.shape, packed.pattern, "sparse", "packed", 0, held, converted=True)
         plan = replace(plan, dense_bytes=math.prod(packed.shape) * packed.values.element_size())
-        return _decide_layer(plan, module, packed, shapes, getattr(layer, "retained", None))
+        plan = replace(plan, retained=getattr(layer, "retained", None))
+        return _decide_layer(plan, module, packed, shapes, [])
     kind, layout, weight = str(layer_kind(module)), layout_of(module), layer.weight
     pattern = None if layout is None else layout.pattern
     plan = LayerPlan(name, kind, tuple(weight.shape), pattern, "dense", "no layout", weight.nbytes, weight.nbytes)
@@ -128,21 +155,36 @@ def _explain_layer(name: str, module: nn.Module, shapes: Sequence[tuple[int, ...
         packed = pack(prunable.matrix, layout, groups=prunable.groups, name=name)
     except ValueError as error:
         return replace(plan, reason=str(error).removeprefix(f"{name}: "))
-    return _decide_layer(plan, module, packed, shapes, getattr(layout, "retained", None))
+    plan = replace(plan, retained=getattr(layout, "retained", None))
+    return _decide_layer(plan, module, packed, shapes, traced)
 
 
 def _decide_layer(
-    plan: LayerPlan, module: nn.Module, packed: HiNMWeight, shapes: Sequence[tuple[int, ...]], retained: float | None
+    plan: LayerPlan,
+    module: nn.Module,
+    packed: HiNMWeight,
+    shapes: Sequence[tuple[int, ...]],
+    traced: Sequence[Sequence[Workload]],
 ) -> LayerPlan:
-    decision = decide(*([workload_of(module, shape) for shape in shapes] or [workload_of(module)]))
+    """On the calls as their graphs have them, where all are there: more may be those of a tied layer."""
+    workloads = [workload for each in traced for workload in each]
+    decided = decide(*workloads) if traced else None
+    if decided is None or len(workloads) != len(shapes):
+        workloads = [workload_of(module, shape) for shape in shapes] or [workload_of(module)]
+    decision = decide(*workloads)
     won = f"sparse is {decision.dense_seconds / decision.sparse_seconds:.2f} times as fast on {decision.calls}"
+    if decided is not None:
+        decision = replace(decision, path=decided.path)
+        paths = [decide(*each).path for each in traced]
+        if len(set(paths)) > 1:
+            won = f"{won}; sparse in {paths.count('sparse')} of {len(paths)} graphs"
     if plan.converted:
         plan = replace(plan, reason=f"packed; {won}")
     else:
         held = packed.nbytes + expanded_bytes(packed) if decision.path == "sparse" else plan.dense_bytes
         plan = replace(plan, path=decision.path, reason=won, bytes=held)
     order = "in order" if plan.path == "sparse" and is_in_order(packed.output_order) else None
-    return replace(plan, decision=decision, retained=retained, order=order)
+    return replace(plan, decision=decision, order=order)
 
 
 def _identity(module: nn.Module) -> int:
@@ -203,61 +245,27 @@ def time_forward(
     return Forward(rest + sum(medians.values()), medians, shapes)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training:
-            module.training = was
-
-
 # -------------------------------------------------------------------------------------------------------------- traced
 
 
-def trace_orders(
+def trace_layers(
     model: nn.Module, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any]
-) -> tuple[list[Fate], list[str]]:
-    """The fates of all calls that Dynamo captures, and a note if it failed; what the user compiled stays compiled."""
-    import torch._dynamo
+) -> tuple[list[Reading], list[str]]:
+    """What the backend "hinm" would make of each graph that Dynamo captures, at each of its calls; a note if it failed.
 
-    def call() -> Any:
-        return model(*inputs, **named_inputs)
-
-    notes = []
-    fates: list[Fate] = []
-    token = _fates.set(fates)
+    What the user compiled stays compiled.
+    """
+    readings: list[Reading] = []
     try:
-        torch.compile(call, backend=_record_fates)()
+        read_graphs(_read_layers, readings, model, inputs, named_inputs)
     except Exception as error:  # whatever Dynamo, a pass or the packing met: the rest of the plan holds
         cause = getattr(error, "inner_exception", None) or error
-        notes.append(f"Order unknown: the model could not be traced: {type(cause).__name__}: {str(cause).strip()}")
-    finally:
-        _fates.reset(token)
-        torch._dynamo.reset_code(call.__code__)
-    return fates, notes
+        reason = f"{type(cause).__name__}: {str(cause).strip()}"
+        return readings, [f"Order unknown: the model could not be traced: {reason}"]
+    return readings, []
 
 
-def _record_fates(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """A backend that runs the graph as it is, and tells at each call what the backend "hinm" would make of it.
-
-    One function for all models, and told at each call, because Dynamo keeps the graphs of a model that it cannot
-    capture whole: a second explanation runs them again, and uses up none of the recompilations that a user may need.
-    """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    fates = _read_fates(fx.GraphModule(gm, graph), example_inputs)
-
-    def run(*args: Any) -> Any:
-        _fates.get().extend(fates)
-        return gm.forward(*args)
-
-    return run
-
-
-def _read_fates(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Fate]:
+def _read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Reading:
     traced = trace_tensors(gm, example_inputs)
     guard_layouts(traced)
     layers, reached = traced.layers, {call.weight for call in find_calls(gm)}
@@ -297,7 +305,10 @@ def _read_fates(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Fate]
             fates.append(Fate(layer, "restored:", places, fate.reason))
         else:
             fates.append(Fate(layer, fate.kind))
-    return fates
+    return Reading(fates, [(ref(layers[node].module), each) for node, each in sparsified.workloads.items()])
+
+
+_read_layers = reading_backend(_read_graph)
 
 
 def _word(node: fx.Node) -> str:

@@ -1,16 +1,18 @@
 """Which layers write one stream of channels, found by tracing the model."""
 
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import ref
 
-import torch
 from torch import nn
 
 from lightning_hinm.passes import find_streams
 from lightning_hinm.pattern import HiNMPattern
 from lightning_hinm.prune import find_layers
-from lightning_hinm.traced import trace_tensors
+from lightning_hinm.traced import guard, read_graphs, reading_backend, trace_tensors
+
+# A graph, and the layers whose weights its placeholders are, by their names.
+_Graph = tuple[Any, dict[str, "ref[nn.Module]"]]
 
 
 def shared_orders(
@@ -44,9 +46,11 @@ def shared_orders(
     wanted = {id(layer.weight): layer for layer in layers}
     found: list[set[str]] = []
 
-    def record(gm: Any, example_inputs: list[Any]) -> Any:
-        traced = trace_tensors(gm, example_inputs).layers
-        names = {node.name: layer for node, each in traced.items() if (layer := wanted.get(id(each.module.weight)))}
+    graphs: list[_Graph] = []
+    read_graphs(_record_graph, graphs, model, inputs, {})
+    for gm, modules in graphs:
+        known = {name: module() for name, module in modules.items()}
+        names = {name: layer for name, module in known.items() if module and (layer := wanted.get(id(module.weight)))}
         for stream in find_streams(gm, names.keys()):
             # An order fits layers of one vector_size, and of one group of channels.
             by_size: dict[int, set[str]] = {}
@@ -56,23 +60,17 @@ def shared_orders(
                         layer = names[weight.name]
                         by_size.setdefault(layer.pattern.vector_size, set()).add(layer.name)
             found.extend(by_size.values())
-        return gm.forward
-
-    modes = {module: module.training for module in model.modules()}
-    # Code of its own, whose graphs are forgotten with it: what was compiled of the model before stays.
-    call = types.FunctionType(_call.__code__.replace(), globals())
-    try:
-        model.eval()
-        with torch.inference_mode():
-            torch.compile(call, backend=record)(model, inputs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return _merged(found, [layer.name for layer in layers])
 
 
-def _call(model: Any, inputs: Any) -> Any:
-    return model(*inputs)
+def _read_graph(gm: Any, example_inputs: list[Any]) -> _Graph:
+    layers = trace_tensors(gm, example_inputs).layers
+    for each in layers.values():
+        guard(each.source, each.module)
+    return gm, {node.name: ref(each.module) for node, each in layers.items()}
+
+
+_record_graph = reading_backend(_read_graph)
 
 
 def _merged(sets: Sequence[set[str]], names: Sequence[str]) -> list[list[str]]:

@@ -1,10 +1,13 @@
-"""Which modules the tensors of a Dynamo graph belong to, and what has Dynamo compile it anew."""
+"""Which modules the tensors of a Dynamo graph belong to, what has Dynamo compile it anew, and how graphs are read."""
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
@@ -13,6 +16,9 @@ from lightning_hinm.pattern import layer_kind
 from lightning_hinm.prune import LAYOUT_ATTRIBUTE, layout_of
 
 log = logging.getLogger(__name__)
+
+Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+_told: ContextVar[list[Any]] = ContextVar("told")
 
 
 class TracedTensor(NamedTuple):
@@ -117,3 +123,72 @@ def _walk(source: Any, local_scope: Mapping[str, Any], global_scope: Mapping[str
     if hasattr(source, "index"):
         return base[source.index], f"{name}.{source.index}".lstrip(".")
     return base, name  # a wrapper that only says how to guard
+
+
+def reading_backend(read: Callable[[fx.GraphModule, list[Any]], Any]) -> Backend:
+    """A backend that runs each graph as it is, and tells ``read_graphs`` at each call what ``read`` found in it.
+
+    One backend for all models, and told at each call, because Dynamo keeps the graphs of a model that it cannot capture
+    whole: a second reading runs them again, and uses up none of the recompilations that a user may need. So what
+    ``read`` found must keep no model alive, and ``read`` must guard the modules that it is about.
+
+    Args:
+        read: is given a copy of the graph, and Dynamo's inputs of it.
+    """
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        found = read(copy_graph(gm), example_inputs)
+
+        def run(*args: Any) -> Any:
+            _told.get().append(found)
+            return gm.forward(*args)
+
+        return run
+
+    return backend
+
+
+def read_graphs(
+    backend: Backend, found: list[Any], model: nn.Module, inputs: Sequence[Any], named_inputs: Mapping[str, Any]
+) -> None:
+    """Calls a model, in eval mode and without gradients; what the user compiled of it stays compiled.
+
+    Args:
+        backend: of ``reading_backend``.
+        found: what it reads in each graph is appended, once for each call of the graph, also if another one fails.
+        model: left as it is.
+        inputs: of ``model.forward``.
+        named_inputs: of ``model.forward``.
+    """
+    import torch._dynamo
+
+    def call() -> Any:
+        return model(*inputs, **named_inputs)
+
+    token = _told.set(found)
+    try:
+        with evaluating(model):
+            torch.compile(call, backend=backend)()
+    finally:
+        _told.reset(token)
+        torch._dynamo.reset_code(call.__code__)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, on the same tensors, that may be rewritten."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

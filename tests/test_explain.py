@@ -4,11 +4,13 @@ import gc
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_hinm.backend
@@ -16,7 +18,7 @@ from lightning_hinm import HiNMPattern, explain, prune, to_hinm
 from lightning_hinm.layout import is_in_order
 from lightning_hinm.ops import hinm_linear
 from lightning_hinm.passes.sparsify import operand
-from lightning_hinm.plan import LayerPlan, ModelPlan
+from lightning_hinm.plan import LayerPlan, ModelPlan, Workload
 from lightning_hinm.prune import layout_of
 from tests.test_plan import Net
 
@@ -190,6 +192,66 @@ def test_the_fate_of_an_order_is_what_the_backend_does(monkeypatch: pytest.Monke
     restored = [not is_in_order(getattr(gm, operand(node, "output_order").target)) for node in ops]
     assert restored == [False, False, True]
     assert [str(order).startswith("restored") for order in orders(explain(model, x)).values()] == restored
+
+
+def sparse_wins_where(monkeypatch: pytest.MonkeyPatch, wins: Callable[[Workload], bool]) -> None:
+    monkeypatch.setattr("lightning_hinm.plan.measure", lambda workload: (1.0, 0.5 if wins(workload) else 1.25))
+
+
+@pytest.mark.parametrize("name", ["restored", "feature_major", "feature_major_out"])
+def test_what_decides_is_a_layer_as_its_graph_has_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse_wins_where(monkeypatch, lambda workload: not getattr(workload, name))
+    model, x, graphs = mlp(), torch.randn(3, 16), []
+    absorb = lightning_hinm.backend.absorb_orders_pass
+    monkeypatch.setattr("lightning_hinm.backend.absorb_orders_pass", lambda gm: graphs.append(gm) or absorb(gm))
+    with torch.inference_mode():
+        torch.compile(model, backend="hinm", options={"inner": "eager"})(x)
+    runs = [node.target is hinm_linear for node in graphs[-1].graph.nodes if node.target in (hinm_linear, F.linear)]
+    plan = explain(model, x)
+    assert [layer.path == "sparse" for layer in plan.layers] == [*runs[:3], False]
+    assert (
+        runs[:3]
+        == {
+            "restored": [True, True, False],
+            "feature_major": [True, False, False],
+            "feature_major_out": [False, False, True],
+        }[name]
+    )
+
+
+def test_calls_that_no_graph_has_are_decided_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse_wins_where(monkeypatch, lambda workload: not workload.restored)
+    plan = explain(pruned(Untraceable()), torch.randn(3, 16))
+    assert [layer.path for layer in plan.layers] == ["dense", "dense"]
+
+
+def test_tied_layers_run_as_their_graph_decides_on_all_their_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse_wins_where(monkeypatch, lambda workload: workload.input_shape[0] > 1)
+    model = Twice()
+    model.never = nn.Linear(16, 16)
+    model.never.weight = model.again.weight
+    model.forward = lambda x: model.again(torch.softmax(model.never(x), dim=-1)[:1])  # type: ignore[method-assign]
+    first, second = explain(pruned(model), torch.randn(3, 16)).layers
+    assert (first.path, second.path) == ("sparse", "sparse")
+    assert (first.predicted_seconds, second.predicted_seconds) == (1.25, 0.5)
+
+
+def test_graphs_that_decide_differently_on_one_layer_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse_wins_where(monkeypatch, lambda workload: workload.input_shape[0] > 1)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            torch._dynamo.graph_break()
+            return self.layer(y[:1])
+
+    (layer,) = explain(pruned(Model()), torch.randn(3, 16)).layers
+    assert (layer.path, layer.calls, layer.predicted_seconds) == ("sparse", 2, 1.75)
+    assert layer.reason == "sparse is 1.14 times as fast on 3x16, 1x16; sparse in 1 of 2 graphs"
 
 
 def test_rows_in_order_need_no_restoring_and_no_tracing(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:

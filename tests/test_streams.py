@@ -91,14 +91,29 @@ def test_the_model_its_modes_and_what_was_compiled_of_it_stay_as_they_are() -> N
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
-def test_a_model_whose_graph_breaks_is_followed_in_pieces() -> None:
-    class Broken(Tower):
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.blocks[0](self.embed(x))
-            torch._dynamo.graph_break()
-            return self.head(self.blocks[1](y))
+class Broken(Tower):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks[0](self.embed(x))
+        torch._dynamo.graph_break()
+        return self.head(self.blocks[1](y))
 
-    assert shared_orders(Broken(2), TEXT, pattern=PATTERN) == pairs(2)
+
+def test_a_model_whose_graph_breaks_is_followed_in_pieces() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = nn.ModuleList([Broken(2), Broken(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.towers[0](x) + self.towers[1](x)
+
+    model = Both()
+    names = [f"towers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]
+    for _ in range(12):  # more than the recompilations that Dynamo allows
+        assert shared_orders(model, TEXT, pattern=PATTERN) == [[f"{name}.gate", f"{name}.up"] for name in names]
+    assert shared_orders(model, TEXT, pattern=PATTERN, include=["towers.1.blocks.0"]) == [
+        ["towers.1.blocks.0.gate", "towers.1.blocks.0.up"]
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "resnet18", "mobilenet-v3", "convnext", "vit"])
