@@ -14,10 +14,10 @@ from torch import Tensor, fx
 from lightning_hinm.format import HiNMWeight
 from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
 from lightning_hinm.ops import EXPANDED, hinm_conv2d, hinm_linear
+from lightning_hinm.passes.rules import argument, is_frozen_norm
 from lightning_hinm.passes.sparsify import finish_pass, lift_buffer, operand, set_operand
 
-_PARAMETERS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-_DEFAULTS = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
+_TENSORS = {"running_mean": 1, "running_var": 2, "weight": 3, "bias": 4}  # the places of F.batch_norm
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,15 @@ def find_norm_calls(gm: fx.GraphModule) -> list[NormCall]:
     """The BatchNorms that can be folded into the sparse op before them, as far as a graph can tell."""
     calls = []
     for norm in gm.graph.find_nodes(op="call_function", target=F.batch_norm):
-        given: dict[str, Any] = _DEFAULTS | dict(zip(_PARAMETERS, norm.args, strict=False)) | dict(norm.kwargs)
-        op = _op_before(norm, given["input"])
-        if op is None or given["training"] is not False or not isinstance(given["eps"], (int, float)):
+        rows, eps = argument(norm, 0, "input"), argument(norm, 7, "eps", 1e-5)
+        op = _op_before(norm, rows)
+        if op is None or not is_frozen_norm(norm) or not isinstance(eps, (int, float)):
             continue
-        tensors = {
-            "running_mean": given["running_mean"],
-            "running_var": given["running_var"],
-            "weight": given["weight"],
-            "bias": given["bias"],
-            "layer_bias": operand(op, "bias"),
-        }
-        tensors = {name: node for name, node in tensors.items() if node is not None}
-        placeholders = all(isinstance(node, fx.Node) and node.op == "placeholder" for node in tensors.values())
-        if placeholders and "running_mean" in tensors and "running_var" in tensors:
-            calls.append(NormCall(op, given["input"], norm, tensors, given["eps"]))
+        given = {name: argument(norm, place, name) for name, place in _TENSORS.items()}
+        given["layer_bias"] = operand(op, "bias")
+        tensors = {name: node for name, node in given.items() if node is not None}
+        if all(isinstance(node, fx.Node) and node.op == "placeholder" for node in tensors.values()):
+            calls.append(NormCall(op, rows, norm, tensors, eps))
     return calls
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lightning_hinm.passes.channels import Channels, Stream
-from lightning_hinm.passes.rules import FRESH, RULES, is_number, shape_of, written_by
+from lightning_hinm.passes.rules import FRESH, RULES, is_number, written_by
+from lightning_hinm.passes.sparsify import shape_of
 
 
 class Layer(NamedTuple):

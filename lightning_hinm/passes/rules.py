@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
 from lightning_hinm.passes.channels import Channels, Stream
+from lightning_hinm.passes.sparsify import shape_of
 
 if TYPE_CHECKING:
     from lightning_hinm.passes.follow import Walk
@@ -55,7 +56,7 @@ def _pass_interpolation(walk: "Walk", node: fx.Node) -> Made:
 
 def _pass_padding(walk: "Walk", node: fx.Node) -> Made:
     """Of other dimensions; two numbers for each, from the last one on."""
-    channels, pads = walk.alone(node), argument(node, 1, "pad", None)
+    channels, pads = walk.alone(node), argument(node, 1, "pad")
     if channels is None or not isinstance(pads, (tuple, list)):
         return None
     own = pads[-2 * channels.axis - 2 : -2 * channels.axis]
@@ -65,7 +66,7 @@ def _pass_padding(walk: "Walk", node: fx.Node) -> Made:
 def _pass_reduction(walk: "Walk", node: fx.Node) -> Made:
     """A sum, mean, ... over all channels does not depend on their order; over anything else it is one for each."""
     channels, before, after = walk.alone(node), input_shape(node), shape_of(node)
-    dims = argument(node, 1, "dim", None)
+    dims = argument(node, 1, "dim")
     if channels is None or before is None or after is None:
         return None
     given = dims if isinstance(dims, (tuple, list)) else (dims,)
@@ -209,14 +210,12 @@ def _pass_concatenation(walk: "Walk", node: fx.Node) -> Made:
 
 def _pass_batch_norm(walk: "Walk", node: fx.Node) -> Made:
     """Each channel by numbers of its own, where statistics are frozen: its parameters are put in the same order."""
-    training = argument(node, 5, "training", False)
-    frozen = training is False and argument(node, 1, "running_mean", None) is not None
-    return _with_parameters(walk, node, node.all_input_nodes[1:]) if frozen else None
+    return _with_parameters(walk, node, node.all_input_nodes[1:]) if is_frozen_norm(node) else None
 
 
 def _pass_group_norm(walk: "Walk", node: fx.Node) -> Made:
     """Each group of channels by itself, where no channel leaves its group; then as a BatchNorm."""
-    groups, channels = argument(node, 1, "num_groups", None), walk.carried.get(node.all_input_nodes[0])
+    groups, channels = argument(node, 1, "num_groups"), walk.carried.get(node.all_input_nodes[0])
     if channels is None or type(groups) is not int:
         return None
     if groups != channels.size:  # a channel that is a group of its own may go anywhere
@@ -231,7 +230,7 @@ def _pass_group_norm(walk: "Walk", node: fx.Node) -> Made:
 
 def _pass_depthwise(walk: "Walk", node: fx.Node) -> Made:
     """A convolution of each channel by itself: its weight is put in the same order."""
-    x, weight = argument(node, 0, "input", None), argument(node, 1, "weight", None)
+    x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
     channels = walk.carried.get(x)
     shape = shape_of(weight) if isinstance(weight, fx.Node) else None
     groups = argument(node, 6, "groups", 1)
@@ -244,12 +243,7 @@ def _with_parameters(walk: "Walk", node: fx.Node, values: Sequence[fx.Node], *, 
     """The channels along dimension 1, if ``values`` have them along their last axis, ``weight`` along its first."""
     x = node.all_input_nodes[0]
     channels, shape = walk.carried.get(x), shape_of(x)
-    if (
-        channels is None
-        or shape is None
-        or channels.axis != 1 - len(shape)
-        or argument(node, 0, "input", None) is not x
-    ):
+    if channels is None or shape is None or channels.axis != 1 - len(shape) or argument(node, 0, "input") is not x:
         return None
     for value in values:
         axis = -len(shape_of(value) or ()) if value is weight else -1
@@ -264,19 +258,19 @@ def _range(channels: Channels, start: int, stop: int) -> Channels | None:
     return halves[1] if halves is not None and halves[1].segments else None
 
 
-def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
     """An argument that may be passed by its place or by its name."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
-def shape_of(node: fx.Node) -> Sequence[Any] | None:
-    """Sizes of a tensor, some of them symbols; None of what is none."""
-    value = node.meta.get("example_value")
-    return value.shape if isinstance(value, Tensor) else None
+def is_frozen_norm(norm: fx.Node) -> bool:
+    """Whether a BatchNorm uses the statistics that it is given, and does not change them."""
+    statistics = argument(norm, 1, "running_mean"), argument(norm, 2, "running_var")
+    return argument(norm, 5, "training", False) is False and None not in statistics
 
 
 def input_shape(node: fx.Node) -> Sequence[Any] | None:
-    """The same, of the only tensor that ``node`` reads."""
+    """The shape of the only tensor that ``node`` reads."""
     shapes = [shape for value in node.all_input_nodes if (shape := shape_of(value)) is not None]
     return shapes[0] if len(shapes) == 1 else None
 

@@ -2,7 +2,7 @@
 
 import logging
 import operator
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,8 +248,8 @@ def _computes_the_layer(call: LayerCall, layer: HiNMLayer) -> bool:
         return False
     if call.bias is None:
         return True
-    value = call.bias.meta.get("example_value") if isinstance(call.bias, fx.Node) else None
-    return value is not None and tuple(value.shape) == (layer.shape[0],)
+    shape = shape_of(call.bias) if isinstance(call.bias, fx.Node) else None
+    return shape is not None and tuple(shape) == (layer.shape[0],)
 
 
 def _lift_buffers(gm: fx.GraphModule, weight: fx.Node, layer: HiNMLayer) -> dict[str, fx.Node | None]:
@@ -329,12 +329,18 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
     return sizes * count if len(sizes) == 1 else sizes
 
 
-def seen_shape(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape that Dynamo saw; a dynamic size stands for the one that was seen. None where it saw none."""
+def shape_of(node: fx.Node) -> Sequence[Any] | None:
+    """Sizes of a tensor, some of them symbols; None of what is none."""
     value = node.meta.get("example_value")
-    if not isinstance(value, Tensor):
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def seen_shape(node: fx.Node) -> tuple[int, ...] | None:
+    """The same, with the number that Dynamo saw in the place of each symbol."""
+    shape = shape_of(node)
+    if shape is None:
         return None
-    return tuple(size if isinstance(size, int) else int(size.node.hint or TOKENS) for size in value.shape)
+    return tuple(size if isinstance(size, int) else int(size.node.hint or TOKENS) for size in shape)
 
 
 def held_or_none(gm: fx.GraphModule, node: fx.Node, name: str) -> Tensor | None:
