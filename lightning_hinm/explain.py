@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -166,12 +167,15 @@ def _decide_layer(
     shapes: Sequence[tuple[int, ...]],
     traced: Sequence[Sequence[Workload]],
 ) -> LayerPlan:
-    """On the calls as their graphs have them, where all are there: more may be those of a tied layer."""
-    workloads = [workload for each in traced for workload in each]
-    decided = decide(*workloads) if traced else None
-    if decided is None or len(workloads) != len(shapes):
-        workloads = [workload_of(module, shape) for shape in shapes] or [workload_of(module)]
-    decision = decide(*workloads)
+    """On the path that its graphs take; the times are those of the calls as the graphs have them, if all are the same.
+
+    A graph may lack calls, or know those of a tied layer too, or have been made for inputs of other sizes.
+    """
+    own = [workload_of(module, shape) for shape in shapes] or [workload_of(module)]
+    calls = [workload for each in traced for workload in each]
+    same = Counter(each.input_shape for each in calls) == Counter(each.input_shape for each in own)
+    decided = decide(*calls) if traced else None
+    decision = decide(*(calls if same else own))
     won = f"sparse is {decision.dense_seconds / decision.sparse_seconds:.2f} times as fast on {decision.calls}"
     if decided is not None:
         decision = replace(decision, path=decided.path)

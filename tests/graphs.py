@@ -28,7 +28,9 @@ class Chain(nn.Module):
         return self.function(x, *self.layers)
 
 
-def capture(function: Any, *inputs: Tensor, **named: Any) -> tuple[fx.GraphModule, list[Any]]:
+def capture(
+    function: Any, *inputs: Tensor, dynamic: bool | None = None, **named: Any
+) -> tuple[fx.GraphModule, list[Any]]:
     """The graph that Dynamo makes of ``function``, and its inputs."""
     captured: list[Any] = []
 
@@ -38,7 +40,7 @@ def capture(function: Any, *inputs: Tensor, **named: Any) -> tuple[fx.GraphModul
 
     torch.compiler.reset()
     with torch.no_grad():
-        torch.compile(function, backend=backend, fullgraph=True)(*inputs, **named)
+        torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs, **named)
     return captured[0], captured[1]
 
 

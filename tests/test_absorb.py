@@ -428,6 +428,18 @@ IMAGE_STREAMS: dict[str, tuple[list[list[str]], int]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mobilenet-v3"])
+def test_a_dynamic_graph_restores_what_a_static_one_does(name: str) -> None:
+    model, inputs, left = NETWORKS[name].make(), NETWORKS[name].inputs(2), []
+    set_orders(model, PATTERN)
+    for dynamic in (False, True):
+        gm, _ = sparse_graph(model, dynamic=dynamic, **inputs)
+        absorb_orders_pass(gm)
+        left.append(restored(gm))
+    assert left[0] == left[1]
+    assert not all(left[1])
+
+
 @pytest.mark.parametrize("name", IMAGE_STREAMS)
 def test_a_network_of_convolutions_restores_only_what_dense_layers_read(name: str) -> None:
     sets, count = IMAGE_STREAMS[name]

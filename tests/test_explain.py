@@ -236,6 +236,14 @@ def test_tied_layers_run_as_their_graph_decides_on_all_their_calls(monkeypatch: 
     assert (first.predicted_seconds, second.predicted_seconds) == (1.25, 0.5)
 
 
+def test_calls_are_those_of_the_inputs_given_also_where_graphs_are_dynamic(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse_wins(monkeypatch)
+    model = pruned(Broken())
+    for tokens in (3, 4, 5, 6):
+        first, *_ = explain(model, torch.randn(tokens, 16)).layers
+        assert first.reason == f"sparse is 2.00 times as fast on {tokens}x16"
+
+
 def test_graphs_that_decide_differently_on_one_layer_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse_wins_where(monkeypatch, lambda workload: workload.input_shape[0] > 1)
 

@@ -276,8 +276,8 @@ def input_shape(node: fx.Node) -> Sequence[Any] | None:
 
 
 def is_number(node: fx.Node) -> bool:
-    """Whether a node is one of a number."""
-    return isinstance(node.meta.get("example_value"), (int, float, torch.SymInt, torch.SymFloat))
+    """Whether a node is one of a number, or of the sizes of a shape."""
+    return isinstance(node.meta.get("example_value"), (int, float, torch.SymInt, torch.SymFloat, torch.Size))
 
 
 def _is_index(item: Any) -> bool:
