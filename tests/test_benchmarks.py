@@ -285,11 +285,11 @@ def test_the_search_benchmark_writes_every_part_and_draws_the_plot(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [f"2.{name}" for name in search.LAYER_2]
-    monkeypatch.setattr(search, "minilm", lambda: {name: search.random_layer(128, 64) for name in names})
-    monkeypatch.setattr(search, "LARGE", [(128, 64, 16)])
-    monkeypatch.setattr(search, "BUDGETED", [(128, 64, None, 0.05)])
-    monkeypatch.setattr(search, "GROWTH", [(128, 64)])
-    monkeypatch.setattr(search, "random_layer", lambda *_: torch.rand(128, 64, generator=seeded()))
+    monkeypatch.setattr(search, "minilm", lambda: {name: search.random_layer(128, 32) for name in names})
+    monkeypatch.setattr(search, "LARGE", [(128, 32, 16)])
+    monkeypatch.setattr(search, "BUDGETED", [(128, 32, None, 0.05)])
+    monkeypatch.setattr(search, "GROWTH", [(128, 32)])
+    monkeypatch.setattr(search, "random_layer", lambda *_: torch.rand(128, 32, generator=seeded()))
     rounds = search.exchange.ROUNDS
     monkeypatch.setattr("sys.argv", ["search", "rows", "all", "large", "growth", "plot", "--out", str(tmp_path)])
     search.main()

@@ -49,7 +49,7 @@ def structured(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 # --- laws -------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(patterns(), saliencies(), st.integers(0, 99))
 def test_exchange_retains_at_least_gyro_and_gyro_at_least_identity(pattern, saliency, seed):
     values = []
@@ -345,8 +345,11 @@ def test_the_annealing_leaves_half_of_a_budget_to_the_vectors(monkeypatch):
     assert result.retained > unhurried.retained
 
 
-def test_the_number_of_threads_does_not_change_the_result():
-    saliency, pattern = structured(192, 160), HiNMPattern(32, 0.5)
+def test_the_number_of_threads_does_not_change_the_result(monkeypatch):
+    # A few rounds on more numbers than one thread is given: waiting for each other costs more than all the rest.
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.ROUNDS", 2)
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.FEWEST", 2)
+    saliency, pattern = structured(192, 256), HiNMPattern(32, 0.5)
     threads, layouts = torch.get_num_threads(), []
     try:
         for count in (1, 2):
@@ -638,7 +641,7 @@ def matrices_of_one_height(draw):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(matrices_of_one_height(), st.sampled_from(["gyro", "exchange"]), st.integers(0, 99))
 def test_a_shared_order_is_legal_everywhere_and_never_worse_than_identity_for_the_sum(case, method, seed):
     found = search_shared(*case, method=method, generator=seeded(seed))

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from argparse import ArgumentError
@@ -168,17 +167,9 @@ def trained() -> str:
     return "trained.ckpt"
 
 
-def test_a_checkpoint_is_explained_on_a_batch_of_its_recipe(run) -> None:
-    Path("recipe.yaml").write_text(RECIPE)
-    command_line = ["explain", "--config", "recipe.yaml", "--ckpt", trained(), "--json", "plan.json"]
-    result = subprocess.run(
-        [sys.executable, "-m", "lightning_hinm", *command_line],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    assert result.returncode == 0, result.stderr
-    out = result.stdout
+def test_a_checkpoint_is_explained_on_a_batch_of_its_recipe(run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("explain", "--config", "recipe.yaml", "--ckpt", trained(), "--json", "plan.json") == 0
+    out = capsys.readouterr().out
     assert "Toy, on a batch of Noise.train_dataloader()" in out
     data = json.loads(Path("plan.json").read_text())
     assert [layer["name"] for layer in data["layers"]] == ["net.0", "net.2"]

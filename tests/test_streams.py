@@ -83,8 +83,9 @@ def test_the_model_its_modes_and_what_was_compiled_of_it_stay_as_they_are() -> N
     with torch.no_grad():
         compiled(TEXT)
         torch._dynamo.utils.counters.clear()
-        for _ in range(10):  # more than Dynamo's limit of recompilations
-            assert shared_orders(model, TEXT, pattern=PATTERN) == pairs(2)
+        with torch._dynamo.config.patch(recompile_limit=3):
+            for _ in range(4):
+                assert shared_orders(model, TEXT, pattern=PATTERN) == pairs(2)
         assert [module.training for module in model.modules()] == before
         torch._dynamo.utils.counters.clear()
         compiled(TEXT)
@@ -109,8 +110,11 @@ def test_a_model_whose_graph_breaks_is_followed_in_pieces() -> None:
 
     model = Both()
     names = [f"towers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]
-    for _ in range(12):  # more than the recompilations that Dynamo allows
+    for _ in range(2):
+        torch._dynamo.utils.counters.clear()
         assert shared_orders(model, TEXT, pattern=PATTERN) == [[f"{name}.gate", f"{name}.up"] for name in names]
+    # Of what Dynamo compiles of a model only so often, a second tracing needs nothing.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
     assert shared_orders(model, TEXT, pattern=PATTERN, include=["towers.1.blocks.0"]) == [
         ["towers.1.blocks.0.gate", "towers.1.blocks.0.up"]
     ]
