@@ -337,6 +337,20 @@ def test_who_makes_an_order_be_restored_is_named_with_the_reason(case: tuple[Cas
     assert (fate.kind, fate.because.name, fate.reason) == ("restored", *case[1:])
 
 
+def test_a_writer_in_another_order_is_named_only_where_one_order_would_pay() -> None:
+    def forward(x: Tensor, a: nn.Module, b: nn.Module, c: nn.Module, d: nn.Module) -> Tensor:
+        return d(x + a(x) + b(x) + c(x))
+
+    layers = [nn.Linear(32, 32) for _ in range(3)] + [nn.Linear(32, 48)]
+    gm, _ = graph_of(Case(layers, forward, TOKENS))
+    fates, (first, second, third, _) = orders_of(gm), sparse_ops(gm)
+    assert [fates[node].because for node in (first, second, third)] == [second, first, first]
+    assert {fates[node].reason for node in (first, second, third)} == {"writes the same channels in another order"}
+    gm, _ = graph_of(Case(layers[1:], lambda x, a, b, c: c((x + a(x) + b(x)).softmax(dim=-1)), TOKENS))
+    fates, (first, second, _) = orders_of(gm), sparse_ops(gm)
+    assert {fates[node].reason for node in (first, second)} == {"is not known to treat all channels alike"}
+
+
 def test_rows_that_are_packed_in_order_are_in_order() -> None:
     model = Chain(mlp(), lambda x, a, b: b(a(x)))
     prune(model, PATTERN, method="identity")

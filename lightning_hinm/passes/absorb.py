@@ -127,17 +127,22 @@ def find_streams(gm: fx.GraphModule, weights: Set[str] = frozenset()) -> list[se
             columns = shape[1] if call.options.get("groups", 1) == 1 else None
             layers[call.node] = Layer(call.x, _DENSE_AXIS[call.kind], shape[0], None, columns)
     flow = follow_channels(gm, {node: layers[node] for node in gm.graph.nodes if node in layers})
+    return [set(nodes) for nodes in _divided(flow, layers)]
+
+
+def _divided(flow: Flow, layers: Mapping[fx.Node, Layer]) -> list[list[fx.Node]]:
+    """The writers of each stream that ``find_streams`` finds."""
     writers: dict[Stream, list[fx.Node]] = {}
     for node, channels in flow.writers.items():
         if len(channels.parts) == 1:
             writers.setdefault(channels.streams[0], []).append(node)
     found = []
     for stream, nodes in writers.items():
-        different = {None if (order := layers[node].order) is None else tuple(order.tolist()) for node in nodes}
+        different = not all(_is_alike(layers[nodes[0]], layers[node]) for node in nodes)
         moved = {stream: torch.arange(stream.size)}
         cost = sum(_cost(edge, len(nodes), moved) for edge in flow.edges)
-        if len(nodes) > max(cost, 1) and (len(different) > 1 or different == {None}):
-            found.append(set(nodes))
+        if len(nodes) > max(cost, 1) and different:
+            found.append(nodes)
     return found
 
 
@@ -210,6 +215,10 @@ def _is_restored(layer: Layer, channels: Channels, orders: _Orders) -> bool:
     return not is_in_order(layer.order) if order is None else not torch.equal(layer.order, order)
 
 
+def _is_alike(one: Layer, two: Layer) -> bool:
+    return one.order is not None and two.order is not None and torch.equal(one.order, two.order)
+
+
 def _is_untold(gm: fx.GraphModule, reader: fx.Node, channels: Channels, orders: _Orders) -> bool:
     order = channels.order(orders)
     return order is not None and not _can_be_told(gm, reader, order)
@@ -231,7 +240,8 @@ def _fate(gm: fx.GraphModule, node: fx.Node, flow: Flow, layers: Mapping[fx.Node
         return OrderFate("in order" if is_in_order(own) else "absorbed", () if is_in_order(own) else readers)
     edges = [edge for edge in flow.edges if not edge.parameter and shared & set(edge.channels.streams)]
     leaves = [edge for edge in edges if not edge.enters]
-    if not shared & set(orders):
+    divided = next((nodes for nodes in _divided(flow, layers) if node in nodes), [])
+    if not divided and not shared & set(orders):
         if leaves:
             return OrderFate("restored", (), leaves[0].users[0], _why_it_reads_in_order(leaves[0].users[0]))
         if edges:
@@ -242,7 +252,8 @@ def _fate(gm: fx.GraphModule, node: fx.Node, flow: Flow, layers: Mapping[fx.Node
         for reader in readers:
             if whole is not None and not _can_be_told(gm, reader, whole):
                 return OrderFate("restored", (), reader, "reads its columns in runs that the order mixes")
-    other = next((each for each in flow.writers if each is not node and shared & set(flow.writers[each].streams)), None)
+    alike = divided or [each for each in flow.writers if shared & set(flow.writers[each].streams)]
+    other = next((each for each in alike if not _is_alike(layers[each], layers[node])), None)
     return OrderFate("restored", (), other, "writes the same channels in another order")
 
 
