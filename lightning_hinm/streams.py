@@ -45,7 +45,6 @@ def shared_orders(
     layers, _ = find_layers(model, HiNMPattern() if pattern is None else pattern, include=include, ignore=ignore)
     wanted = {id(layer.weight): layer for layer in layers}
     found: list[set[str]] = []
-
     graphs: list[_Graph] = []
     read_graphs(_record_graph, graphs, model, inputs, {})
     for gm, modules in graphs:
