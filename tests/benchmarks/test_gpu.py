@@ -1,317 +1,37 @@
-"""The scripts behind the published numbers, on networks small enough to run here."""
+"""The benchmark of the GPU kernels, on a CPU that emulates one."""
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import cpu, demo, models, search
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import correctness, goals, rates, record, sanitizer, speed, steps
 from benchmarks.gpu.cases import LLAMA, Case, Conv2d, Linear, all_cases, default_cases
 from benchmarks.gpu.clock import PASS, Clock, Machine, eager_pass
 from benchmarks.gpu.plot import work_of
 from benchmarks.gpu.weights import random_fragments
-from benchmarks.prototype import prototype
-from benchmarks.timing import alternate, take_turns
-from lightning_hinm import HiNMPattern, gyro_permute, hinm_mask, kernels, plan, unpack
+from lightning_hinm import HiNMPattern, kernels, unpack
 from lightning_hinm.format import check_packed, random_weight
-from lightning_hinm.layout import check_layout
-from lightning_hinm.mask import retained
-from lightning_hinm.prune import find_layers
-from recipes.classifier import Classifier
 from tests.ptx.device import emulated
 from tests.test_fragments import PATTERNS, read_back
-
-
-class TinyClassifier(Classifier):
-    def __init__(self) -> None:
-        super().__init__(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)), classes=4, learning_rate=1e-2)
-
-
-class TinyData(demo.L.LightningDataModule):
-    """Four classes, told apart by where the largest input stands."""
-
-    def setup(self, stage: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(320, 32, generator=generator)
-        self.samples = TensorDataset(inputs, inputs[:, :4].argmax(dim=1))
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.samples, batch_size=16)
-
-    val_dataloader = train_dataloader
-
-
-TINY = dataclasses.replace(
-    demo.TASKS["resnet"],
-    data=lambda seed, part: TinyData(),
-    model=TinyClassifier,
-    pattern=HiNMPattern(vector_size=8),
-    dense_epochs=3,
-    dense_rate=1e-2,
-    sparse_epochs=2,
-    sparse_rate=1e-2,
-    budget=1.0,
-)
-
-
-def test_the_demo_compares_every_variant_and_writes_what_it_prints(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(demo.TASKS, "resnet", TINY)
-    monkeypatch.setattr("sys.argv", ["demo", "resnet", "--out", str(tmp_path)])
-    monkeypatch.setattr(demo, "alternate", lambda *calls, seconds: alternate(*calls, seconds=0.0))
-    assert demo.main() == 0
-    written = json.loads((tmp_path / "resnet.json").read_text())
-    (rows,) = written["seeds"]
-    assert [row["variant"] for row in rows] == ["dense", *demo.VARIANTS]
-    dense, unstructured, identity, *permuted, _ = rows
-    assert dense["accuracy"] > 0.8
-    assert all(row["accuracy_pruned"] is not None for row in rows[1:])
-    assert all(row["equal"] for row in rows[2:])
-    # Taylor saliencies are the same in all of these: an unstructured mask keeps most, a permutation never less.
-    assert all(identity["retained"] <= row["retained"] <= unstructured["retained"] for row in permuted)
-    assert (tmp_path / "resnet.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert all(f"| {row['variant']}" in printed for row in rows)
-    assert f"{identity['accuracy']:.3f}" in printed
-
-
-def test_the_demo_fails_if_a_compiled_model_computes_something_else(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(demo.TASKS, "resnet", TINY)
-    monkeypatch.setattr(demo, "VARIANTS", {"identity": (demo.HiNMPruning, {"method": "identity"})})
-    monkeypatch.setattr("sys.argv", ["demo", "resnet", "--out", str(tmp_path)])
-    monkeypatch.setattr(demo, "alternate", lambda *calls, seconds: [0.0, 0.0])
-    monkeypatch.setattr(demo, "to_hinm", lambda net: lambda inputs: net(inputs) * 1.001)
-    assert demo.main() == 1
-
-
-def test_the_mean_of_seeds_carries_its_spread() -> None:
-    assert demo.mean_spread([0.5], "%.2f") == "0.50"
-    assert demo.mean_spread([0.4, 0.6], "%.2f") == "0.50 ± 0.14"
-    assert demo.mean_spread([None, None], "%.2f") == "-"
-
-
-@pytest.mark.parametrize("clock", [time.perf_counter, time.thread_time])
-def test_the_cpu_benchmark_times_ops_that_compute_the_dense_result(clock: cpu.Clock) -> None:
-    for row in (
-        cpu.linear_row((64, 48), (3, 16, 0.75, None), clock, 0.0),
-        cpu.conv_row((16, 64, 3, 5, 2), clock, 0.0),
-    ):
-        numbers = {name: value for name, value in row.items() if name.startswith(("dense_ms", "sparse_ms", "ratio"))}
-        assert len(numbers) == 8
-        assert all(value > 0 for value in numbers.values())
-
-
-def test_the_cpu_benchmark_refuses_an_op_that_computes_something_else() -> None:
-    right, wrong = torch.ones(3), torch.full((3,), 1.001)
-    with pytest.raises(AssertionError, match=r"the results differ by 1\.0e-03"):
-        cpu.compare("identity", [lambda: right, lambda: wrong], time.perf_counter, 0.0)
-
-
-def test_candidates_are_timed_in_turn() -> None:
-    calls: list[str] = []
-
-    def note(name: str) -> Tensor:
-        calls.append(name)
-        return torch.zeros(())
-
-    first, second = alternate(lambda: note("a"), lambda: note("b"), seconds=0.0, warm_up=1)
-    assert calls == ["a", "b"] + ["a", "b"] * 5
-    assert first > 0 < second
-    assert [len(times) for times in take_turns(lambda: None, lambda: None, seconds=0.0, least=7)] == [7, 7]
-
-
-class Noisy(nn.Sequential):
-    """Never computes the same twice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.rand_like(x[:, :1])
-
-
-def small_network(kind: type[nn.Sequential]) -> models.Network:
-    return models.Network(
-        f"a small {kind.__name__}",
-        lambda: kind(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 4)),
-        lambda batch: {"x" if kind is Noisy else "input": torch.ones(batch, 32)},
-        needs=None,
-    )
-
-
-def run_models(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    code = models.main([*arguments, "--vector-size", "8", "--seconds", "0", "--out", str(out)])
-    return code, json.loads(out.read_text())
-
-
-def test_whole_networks_are_compared_and_the_table_says_what_the_json_does(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # dense and sparse seconds of a layer: the plan leaves all dense at batch 1, and none at batch 3
-    times = functools.cache(lambda workload: (1.0, 2.0) if workload.input_shape[0] == 1 else (2.0, 1.0))
-    monkeypatch.setattr(plan, "measure", times)
-    monkeypatch.setitem(models.NETWORKS, "small", small_network(nn.Sequential))
-    code, written = run_models(tmp_path / "models.json", "small", "--batch", "1", "3")
-    assert code == 0
-    printed = capsys.readouterr().out
-    dense, sparse = rows = written["rows"]
-    assert [row["batch"] for row in rows] == [1, 3]
-    assert [(row["layers_sparse"], row["hinm_ops"]) for row in rows] == [(0, 0), (2, 2)]  # 4 rows are less than a tile
-    assert all((row["layers_pruned"], row["layers_reordered"]) == (2, 2) for row in rows)
-    assert dense["bytes_after"] == dense["bytes_before"] == sparse["bytes_before"] == 4 * (2 * 64 * 32 + 4 * 32)
-    assert sparse["bytes_after"] != sparse["bytes_before"]
-    head, _, *lines = [
-        [cell.strip() for cell in line[1:-1].split(" | ")] for line in printed.split("\n") if "|" in line
-    ]
-    for row, line in zip(rows, lines, strict=True):
-        cells = dict(zip(head, line, strict=True))
-        assert row["calls"] == models.LEAST
-        assert row["error"] <= models.TOLERANCE
-        assert row["ratio"] == row["dense_ms"] / row["hinm_ms"]
-        assert row["compile_ratio"] == row["hinm_compile_s"] / row["dense_compile_s"]
-        assert (cells["network"], cells["batch"]) == (row["title"], str(row["batch"]))
-        assert (float(cells["dense ms"]), float(cells["hinm ms"])) == pytest.approx(
-            (row["dense_ms"], row["hinm_ms"]), abs=0.01
-        )
-        assert (float(cells["times dense"]), float(cells["noise"])) == pytest.approx(
-            (row["ratio"], row["noise"]), abs=0.01
-        )
-        assert cells["layers sparse"] == f"{row['layers_sparse']} of 2"
-        assert cells["hinm ops"] == str(row["hinm_ops"])
-        assert float(cells["error"]) == pytest.approx(row["error"], rel=0.5)
-    assert len(written["goals"]) == 2
-    assert all(f"{goal['text']}: {goal['found']}" in printed for goal in written["goals"])
-    assert all(f"{name} {value}" in printed for name, value in written["facts"].items())
-
-
-def test_a_network_that_computes_something_else_is_marked_and_ends_the_benchmark_with_1(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(models.NETWORKS, "noisy", small_network(Noisy))
-    code, written = run_models(tmp_path / "models.json", "noisy", "--batch", "1")
-    assert code == 1
-    assert written["rows"][0]["error"] > models.TOLERANCE
-    assert " WRONG " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("wrong", [1.001, float("nan")])
-def test_all_that_a_network_returns_is_compared(wrong: float) -> None:
-    wanted = {"first": torch.ones(2, 3), "last": torch.tensor([-4.0, 1.0])}
-    assert models.difference(wanted, wanted) == models.difference(wanted["last"], wanted["last"]) == 0
-    assert models.difference(wanted | {"last": torch.tensor([-4.0, 1.4])}, wanted) == pytest.approx(0.1)
-    for name in wanted:
-        assert not models.difference(wanted | {name: wanted[name] * wrong}, wanted) <= models.TOLERANCE
-
-
-def models_row(network: str, ratio: float, **others: Any) -> models.Row:
-    values = {field.name: 0 for field in dataclasses.fields(models.Row)} | {"compile_ratio": 1.0, "batch": 1}
-    values |= {"network": network, "title": network, "ratio": ratio, "sparsity": 0.875, "vector_size": 64}
-    return models.Row(**(values | others))  # type: ignore[arg-type]
-
-
-def test_the_goals_of_whole_networks_name_what_misses_them() -> None:
-    rows = [models_row("minilm", 1.4), models_row("minilm", 1.2, batch=16), models_row("vit", 0.97, noise=0.05)]
-    fast, few, slower, late = models.goals_of(rows)
-    assert [goal.reached for goal in (fast, few, slower, late)] == [True, False, True, True]
-    assert str(few) == "MISSED   MiniLM, batch 16: at least 1.3 times dense: 1.20"
-    rows = [models_row("bert", 0.9, noise=0.05), models_row("llama", 2.0, compile_ratio=2.1)]
-    slower, late = models.goals_of(rows)
-    assert (slower.reached, slower.found) == (False, "bert at batch 1 0.90, noise 0.05")
-    assert (late.reached, late.found) == (False, "llama at batch 1 2.10")
-    assert len(models.goals_of([models_row("minilm", 1.0, sparsity=0.75)])) == 2
-
-
-def test_the_parts_of_a_run_are_all_of_it() -> None:
-    times = [float(i // 2) for i in range(2 * models.PARTS)]
-    assert [models.middle(times, part) for part in range(models.PARTS)] == list(range(models.PARTS))
-    assert all(models.middle(times[: models.PARTS], part) >= 0 for part in range(models.PARTS))
-
-
-def test_all_that_is_wrong_with_the_options_is_said_at_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit, match="2"):
-        models.main(["lenet", "minilm", "bert", "vit", "--batch", "0", "--seconds", "nan", "--sparsity", "1.5"])
-    said = capsys.readouterr().err
-    for wrong in ("lenet: the networks are minilm, bert", "bert, vit: transformers is not installed", "--batch 0: ",
-                  "--seconds nan: ", "1.5"):  # fmt: skip
-        assert wrong in said
-
-
-@pytest.mark.parametrize("name", models.NETWORKS)
-def test_every_network_takes_its_inputs_and_has_layers_that_can_be_pruned(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if models.NETWORKS[name].needs:
-        pytest.importorskip(models.NETWORKS[name].needs)
-    monkeypatch.setattr(models, "has_minilm_weights", lambda: False)
-    network, inputs = models.NETWORKS[name].make().eval(), models.NETWORKS[name].inputs(2)
-    with torch.inference_mode():
-        output = network(**inputs)
-    tensors = [output] if isinstance(output, Tensor) else list(output.values())
-    assert all(len(tensor) == 2 and tensor.dtype == torch.float32 for tensor in tensors)
-    layers, _ = find_layers(network, HiNMPattern.from_sparsity(*models.MINILM_PATTERN))
-    assert len(layers) >= 8
-
-
-def test_the_prototype_that_the_search_is_measured_against_is_no_straw_man() -> None:
-    saliency, pattern = search.random_layer(64, 96), HiNMPattern(16, window=48)
-    layout, seconds = prototype(saliency, pattern)
-    check_layout(layout, 64, 96)
-    assert seconds > 0
-    found = [retained(saliency, hinm_mask(saliency, layout))]
-    for method in ("identity", "gyro"):
-        found.append(retained(saliency, hinm_mask(saliency, gyro_permute(saliency, pattern, method=method))))
-    assert found[0] > max(found[1:])
-
-
-def test_the_search_benchmark_writes_every_part_and_draws_the_plot(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = [f"2.{name}" for name in search.LAYER_2]
-    monkeypatch.setattr(search, "minilm", lambda: {name: search.random_layer(128, 32) for name in names})
-    monkeypatch.setattr(search, "LARGE", [(128, 32, 16)])
-    monkeypatch.setattr(search, "BUDGETED", [(128, 32, None, 0.05)])
-    monkeypatch.setattr(search, "GROWTH", [(128, 32)])
-    monkeypatch.setattr(search, "random_layer", lambda *_: torch.rand(128, 32, generator=seeded()))
-    rounds = search.exchange.ROUNDS
-    monkeypatch.setattr("sys.argv", ["search", "rows", "all", "large", "growth", "plot", "--out", str(tmp_path)])
-    search.main()
-    written = json.loads((tmp_path / "search.json").read_text())
-    assert list(written) == ["rows", "all", "large", "growth", "plot"]
-    assert all(part["facts"]["commit"] and part["rows"] for part in written.values())
-    assert all(row["retained"] >= row["gyro"]["retained"] for row in written["all"]["rows"])
-    assert all(row["moves_per_second"] > 0 for row in written["rows"]["rows"])
-    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
-    assert "worse than gyro on 0" in capsys.readouterr().out
-    assert rounds == search.exchange.ROUNDS
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-# ----------------------------------------------------------------------------------------------------------- GPU
 
 CPU = torch.device("cpu")
 TOY = Case(Linear("Llama-7B toy", 32, 64), 8, HiNMPattern(32))
 TOY_CONV = Case(Conv2d("ResNet-50", 8, 32, 3, 4, batch=1), 16, HiNMPattern(32, window=None))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
