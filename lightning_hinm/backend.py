@@ -246,10 +246,11 @@ def _fold_norms(
         if not _counts_batches(norm) or any(tensor.is_inference() for tensor in sources):
             continue  # a training of the norm could not be seen
         make = functools.partial(_fold, origin.make, names, eps=call.eps, name=origin.name)
+        owners = [(name, weakref.ref(traced[node].module), traced[node].key) for name, node in call.tensors.items()]
         kind, groups = origin.layer.kind, origin.layer.groups
         create = functools.partial(PackedTwin, origin.name, sources, make, kind=kind, groups=groups, norm=norm)
         try:
-            twin = twin_of(origin.owner, (weakref.ref(norm), call.eps, names), sources, create)
+            twin = twin_of(origin.owner, (call.eps, *owners), sources, create)
         except ValueError as error:
             log.info("hinm: a norm stays: %s", error)
             continue

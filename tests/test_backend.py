@@ -866,6 +866,23 @@ def test_all_graphs_of_a_layer_share_what_is_folded_and_the_unfolded_weight_is_l
             assert_folded(function, model)
 
 
+def test_a_weight_with_two_biases_before_one_norm_is_folded_with_each() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.bias, self.norm = nn.Linear(32, 32), nn.Parameter(torch.ones(32)), nn.BatchNorm1d(32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.linear(x)) + self.norm(nn.functional.linear(x.exp(), self.linear.weight, self.bias))
+
+    model = Biased().eval()
+    prune(model, PATTERN)
+    function = compiled(model)
+    with torch.inference_mode():
+        assert_same(function, model, torch.randn(4, 32), calls=2)
+        assert run_norms(function, torch.randn(4, 32)) == 0
+
+
 def test_a_norm_whose_training_could_not_be_seen_stays() -> None:
     class Silent(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
