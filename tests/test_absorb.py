@@ -184,6 +184,11 @@ ABSORBED: dict[str, Case] = {
         convs(norm(nn.LayerNorm, 32)), lambda x, a, b, n: b(n(a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), IMAGES
     ),
     "norm over images": Case(convs(norm(nn.LayerNorm, (32, 12, 12))), lambda x, a, b, n: b(n(a(x))), IMAGES, 2),
+    "a bias": Case(
+        [nn.Linear(32, 32), nn.Linear(32, 48), nn.Linear(32, 32), nn.Linear(32, 32)],
+        lambda x, a, b, c, d: b(F.linear(x, a.weight, c(x[0, 0]) + d(x[0, 1]))),
+        *(TOKENS, 1, 2, (2, 3)),
+    ),
     "means": Case(pooled(), lambda x, a, b: b(a(x).mean([2, 3])), IMAGES),
     "pooled to one pixel": Case(pooled(), lambda x, a, b: b(F.adaptive_avg_pool2d(a(x), 1).flatten(1)), IMAGES),
     "pixels as columns": Case(
@@ -196,6 +201,18 @@ ABSORBED: dict[str, Case] = {
         lambda x, a, b, c, d: b((y := a(x)) * d(c(F.adaptive_avg_pool2d(y, 1)).relu()).sigmoid()),
         IMAGES,
         shared=(0, 3),
+    ),
+    "stored otherwise, then viewed": Case(
+        [nn.Conv2d(8, 32, 3), nn.Linear(3200, 48), nn.Conv2d(8, 32, 3)],
+        lambda x, a, b, c: b((a(x) + c(x)).permute(0, 2, 3, 1).movedim(-1, 1).view(2, -1)),
+        *(IMAGES, 1, 1, (0, 2)),
+    ),
+    "added to what is stored otherwise, then viewed": Case(
+        [nn.Linear(8, 32), nn.Linear(4608, 48), nn.Linear(8, 32), nn.ConvTranspose2d(8, 32, 1)],
+        lambda x, a, b, c, d: b(
+            (d(x).permute(0, 2, 3, 1) + a(y := x.permute(0, 2, 3, 1)) * c(y)).permute(0, 3, 1, 2).view(2, -1)
+        ),
+        *(IMAGES, 1, 1, (0, 2)),
     ),
     "signals": Case(signals(), lambda x, a, b: b(F.max_pool1d(a(x).relu(), 2)), SIGNALS),
     # parts
@@ -255,6 +272,9 @@ RESTORED: dict[str, Case] = {
     "training batch norm": Case(convs(), lambda x, a, b: b(F.batch_norm(a(x), None, None, training=True)), IMAGES),
     "active dropout": Case(mlp(), lambda x, a, b: b(F.dropout(a(x), 0.0, True)), TOKENS),
     "grouped, not depthwise": Case(convs(nn.Conv2d(32, 32, 3, groups=16)), lambda x, a, b, d: b(d(a(x))), IMAGES),
+    "depthwise, but over tokens": Case(
+        [*mlp(), nn.Conv1d(32, 32, 3, padding=1, groups=32)], lambda x, a, b, d: b(d(a(x))), torch.randn(32, 32)
+    ),
     "dense reader": Case([nn.Linear(32, 64), nn.Linear(64, 4)], lambda x, a, b: b(a(x)), TOKENS),
     "as many edges as writers": Case(
         three(), lambda x, a, b, c: b(y := a(x) + c(x) + x) + y.softmax(-1)[..., :1], TOKENS, shared=(0, 2)

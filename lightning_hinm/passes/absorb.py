@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lightning_hinm.layout import inverse, is_in_order
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
@@ -81,6 +82,10 @@ def absorb_orders_pass(gm: fx.GraphModule) -> fx.GraphModule:
     flow = follow_channels(gm, layers)
     orders = _choose_orders(gm, flow, layers)
     buffers = _Buffers(gm)
+    # First, while all still read what the walk saw them read.
+    for edge in [*flow.edges, *_untold(gm, flow, layers, orders)]:
+        if (order := edge.channels.order(orders)) is not None:
+            _move(gm, edge, order if edge.enters else inverse(order), buffers)
     absorbed = 0
     for node, channels in flow.writers.items():
         if (order := channels.order(orders)) is not None:
@@ -91,9 +96,6 @@ def absorb_orders_pass(gm: fx.GraphModule) -> fx.GraphModule:
         if order is not None and _can_be_told(gm, node, order):
             for name, tensor in _renumbered(gm, node, order).items():
                 set_operand(node, name, lift_buffer(gm, f"hinm_{node.name}_{name}", tensor))
-    for edge in [*flow.edges, *_untold(gm, flow, layers, orders)]:
-        if (order := edge.channels.order(orders)) is not None:
-            _move(gm, edge, order if edge.enters else inverse(order), buffers)
     return finish_pass(gm, "absorb_orders_pass", absorbed, "orders")
 
 
@@ -305,12 +307,31 @@ def _write_in_order(gm: fx.GraphModule, node: fx.Node, order: Tensor, buffers: _
 
 
 def _move(gm: fx.GraphModule, edge: Edge, order: Tensor, buffers: _Buffers) -> None:
-    """Puts an ``index_select`` before the first of those who read a value."""
-    device = edge.value.meta["example_value"].device
+    """Puts an ``index_select`` before the first of those who read a value.
+
+    Its result is stored as the value is, since a reader may take a view that only such a storage has.
+    """
+    example, axis = edge.value.meta["example_value"], edge.channels.axis
+    dims = _from_outermost(example)
     with gm.graph.inserting_before(edge.users[0]):
-        moved = _select(gm, edge.value, edge.channels.axis, buffers.node(order, device))
+        if dims == list(range(len(dims))):
+            moved = _select(gm, edge.value, axis, buffers.node(order, example.device))
+        else:
+            stored = gm.graph.call_function(torch.permute, (edge.value, dims))
+            stored.meta["example_value"] = example.permute(dims)
+            picked = _select(gm, stored, dims.index(axis % len(dims)), buffers.node(order, example.device))
+            moved = gm.graph.call_function(torch.permute, (picked, [dims.index(dim) for dim in range(len(dims))]))
+            moved.meta["example_value"] = example
     for user in edge.users:
         user.replace_input_with(edge.value, moved)
+
+
+def _from_outermost(value: Tensor) -> list[int]:
+    """Its dimensions as they lie in memory."""
+    strides = [stride if isinstance(stride, int) else stride.node.hint or 0 for stride in value.stride()]
+    single = [statically_known_true(size == 1) for size in value.shape]
+    moving = iter(sorted((dim for dim in range(value.dim()) if not single[dim]), key=lambda dim: -strides[dim]))
+    return [dim if single[dim] else next(moving) for dim in range(value.dim())]  # one entry lies wherever it stands
 
 
 def _select(gm: fx.GraphModule, value: fx.Node, axis: int, order: fx.Node) -> fx.Node:

@@ -236,6 +236,8 @@ def _pass_depthwise(walk: "Walk", node: fx.Node) -> Made:
     groups = argument(node, 6, "groups", 1)
     if channels is None or shape is None or not shape[0] == groups == channels.size:
         return None
+    if channels.axis != 1 - len(shape):  # of an image without a batch, dimension 1 is not that of its channels
+        return None
     return _with_parameters(walk, node, node.all_input_nodes[1:], weight=weight)
 
 
