@@ -106,6 +106,21 @@ def test_one_graph_serves_all_batch_sizes_above_one() -> None:
         assert_same(function, model, torch.randn(1, 16), calls=2)
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_one_graph_serves_all_sizes_of_unevenly_padded_images_and_signals(inner: str) -> None:
+    for layer, sizes in (
+        (nn.Conv2d(16, 32, 2, padding="same"), [(2, 16, 5, 6), (3, 16, 7, 9), (5, 16, 11, 8)]),
+        (nn.Conv1d(16, 32, 4, padding="same"), [(2, 16, 9), (3, 16, 7), (5, 16, 11)]),
+    ):
+        model = pruned(layer)
+        function = compiled(model, inner, dynamic=True)
+        torch._dynamo.utils.counters.clear()
+        with torch.inference_mode():
+            for size in sizes:
+                assert_same(function, model, torch.randn(size), calls=1)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("lower", ["cast", "autocast"])
 def test_bfloat16_is_as_close_as_the_dense_model(net: Net, lower: str) -> None:
     exact = net(X)

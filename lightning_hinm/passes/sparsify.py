@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
 from lightning_hinm.ops import EXPANDED, hinm_conv2d, hinm_linear
@@ -319,7 +320,8 @@ def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mappin
 def _call(graph: fx.Graph, target: Any, x: Any, *arguments: Any) -> fx.Node:
     """A call whose node knows its ``example_value``, as Dynamo's do."""
     node = graph.call_function(target, (x, *arguments))
-    node.meta["example_value"] = target(x.meta["example_value"], *arguments)
+    with enable_python_dispatcher():  # as Dynamo does: else some functions fix the sizes that are dynamic
+        node.meta["example_value"] = target(x.meta["example_value"], *arguments)
     return node
 
 
