@@ -445,6 +445,26 @@ def test_images_in_either_memory_format_give_the_same(memory: torch.memory_forma
         assert_same(function, model, x.to(memory_format=memory), calls=2)
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_view_that_only_channels_last_images_have_is_taken(inner: str) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.linear = nn.Conv2d(8, 32, 2, 2), nn.BatchNorm2d(32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+            y = self.norm(self.conv(x.permute(0, 3, 1, 2))).relu().permute(0, 2, 3, 1)
+            return self.linear(y.view(-1, 32))
+
+    model = pruned(Rows())
+    function = compiled(model, inner, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        for size in ((2, 6, 12, 8), (3, 4, 10, 8)):
+            assert_same(function, model, torch.randn(size), calls=2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_converted_model_that_is_reloaded_after_compiling_is_followed(net: Net, assign: bool) -> None:
     converted, other = to_hinm(net), to_hinm(pruned(Net()))
