@@ -320,7 +320,7 @@ def predict(workload: Workload) -> dict[str, Choice]:
 @functools.cache
 def measure(workload: Workload) -> tuple[float, float]:
     """Seconds of one call, dense and sparse, alternating; a shape is measured once in a process."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode():  # in which a compiled model is meant to run: autograd would add to the sparse call
         calls = _calls(workload)
         times: tuple[list[float], list[float]] = ([], [])
         end = math.inf

@@ -340,14 +340,18 @@ def test_a_module_that_is_compiled_inside_the_model_is_seen_through(monkeypatch:
     assert orders(plan)["0.0"] == "absorbed by 0.2"
 
 
+def packed_tensors() -> list[int]:
+    gc.collect()
+    return [id(each) for each in gc.get_objects() if issubclass(type(each), Tensor) and each.dtype == torch.uint8]
+
+
 def test_whoever_only_asks_does_not_hold_the_weights_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse_wins(monkeypatch)
     model = nn.Sequential(pruned(Broken()), mlp())
     layers = [weakref.ref(module) for module in model.modules()]
+    before = packed_tensors()  # of other tests
     explain(model, torch.randn(3, 16))
-    gc.collect()
-    packed = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.dtype == torch.uint8]
-    assert packed == []
+    assert set(packed_tensors()) <= set(before)
     del model
     gc.collect()
     assert all(layer() is None for layer in layers)
