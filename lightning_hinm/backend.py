@@ -24,7 +24,6 @@ from lightning_hinm.passes import (
     fold_norm,
     fold_norms_pass,
     fuse_activations_pass,
-    keep_channels_last_pass,
     lift_tensors_pass,
     seen_shape,
     sparsify_layers_pass,
@@ -154,7 +153,7 @@ def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str) -> Sparsified:
 
 def finish_graph(gm: fx.GraphModule) -> None:
     """What sparse ops can do for each other."""
-    keep_channels_last_pass(feature_major_islands_pass(fuse_activations_pass(absorb_orders_pass(gm))))
+    feature_major_islands_pass(fuse_activations_pass(absorb_orders_pass(gm)))
 
 
 def repack(model: nn.Module) -> None:

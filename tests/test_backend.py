@@ -445,23 +445,32 @@ def test_images_in_either_memory_format_give_the_same(memory: torch.memory_forma
         assert_same(function, model, x.to(memory_format=memory), calls=2)
 
 
+class Views(nn.Module):
+    """Takes views that only the storage has in which dense layers write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(8, 32, 2, 2), nn.BatchNorm2d(32), nn.Linear(32, 16)
+        self.signal = nn.Conv1d(16, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        y = self.norm(self.conv(x.permute(0, 3, 1, 2))).relu().permute(0, 2, 3, 1)
+        z = self.linear(y.view(-1, 32)).unflatten(0, (x.shape[0], -1))
+        return self.signal(z.mT).view(x.shape[0], -1)
+
+
+@pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_a_view_that_only_channels_last_images_have_is_taken(inner: str) -> None:
-    class Rows(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm, self.linear = nn.Conv2d(8, 32, 2, 2), nn.BatchNorm2d(32), nn.Linear(32, 16)
-
-        def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
-            y = self.norm(self.conv(x.permute(0, 3, 1, 2))).relu().permute(0, 2, 3, 1)
-            return self.linear(y.view(-1, 32))
-
-    model = pruned(Rows())
-    function = compiled(model, inner, dynamic=True)
+def test_sparse_convolutions_write_in_the_storage_of_dense_ones(convert: Any, inner: str) -> None:
+    model = pruned(Views())
+    converted = convert(model)
+    function = compiled(converted, inner, dynamic=True)
     torch._dynamo.utils.counters.clear()
     with torch.inference_mode():
         for size in ((2, 6, 12, 8), (3, 4, 10, 8)):
-            assert_same(function, model, torch.randn(size), calls=2)
+            x = torch.randn(size)
+            assert_same(function, model, x, calls=3)
+            torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

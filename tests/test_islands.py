@@ -12,13 +12,7 @@ from torch import Tensor, fx, nn
 from lightning_hinm import HiNMPattern, prune
 from lightning_hinm.ops import cost, hinm_linear
 from lightning_hinm.ops.cost import Call, Choice
-from lightning_hinm.passes import (
-    absorb_orders_pass,
-    contexts_of,
-    feature_major_islands_pass,
-    keep_channels_last_pass,
-    sparsify_layers_pass,
-)
+from lightning_hinm.passes import absorb_orders_pass, contexts_of, feature_major_islands_pass, sparsify_layers_pass
 from lightning_hinm.passes.sparsify import operand
 from tests.graphs import Chain, capture, packed_by_name, result, set_orders, sparse_graph
 from tests.ptx.device import emulated
@@ -135,30 +129,3 @@ def test_an_island_of_which_no_kernel_takes_a_layer_stays_in_rows() -> None:
         with mock.patch.object(cost, "choose_kernel", return_value=None):
             feature_major_islands_pass(gm)
     assert storages(gm) == [False, False]
-
-
-IMAGES = torch.randn(2, 8, 6, 5)
-
-
-@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("views", [True, False])
-def test_images_lie_channels_last_only_where_they_did_and_a_view_asks_for_it(
-    memory: torch.memory_format, views: bool
-) -> None:
-    def forward(x: Tensor, conv: nn.Module) -> Tensor:
-        y = conv(x).relu()
-        return y.view(2, 16, -1) if views else y
-
-    x = IMAGES.to(memory_format=memory)
-    model = Chain([nn.Conv2d(8, 16, 1)], forward)
-    set_orders(model, HiNMPattern(8))
-    gm, values = sparse_graph(model, x)
-    before = str(gm.graph)
-    expected = model(x)
-    assert keep_channels_last_pass(gm) is gm
-    torch.testing.assert_close(result(gm, values)[0], expected, rtol=1e-5, atol=1e-5)
-    if views and memory is torch.channels_last:
-        assert [node.target for node in gm.graph.nodes if node.target == "contiguous"] == ["contiguous"]
-        assert result(gm, values)[0].stride() == expected.stride()
-    else:
-        assert str(gm.graph) == before

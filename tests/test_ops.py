@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack, unpack
 from lightning_hinm.format import HiNMWeight, random_weight
@@ -140,10 +141,25 @@ def test_conv2d_takes_any_number_of_images_of_one_pixel(batch: int) -> None:
     torch.testing.assert_close(torch.ops.hinm.conv2d(*args), dense, rtol=1e-5, atol=1e-5)
 
 
-def test_conv2d_takes_channels_last() -> None:
-    dense, (x, *rest) = conv_case(CONVOLUTIONS[0], 2)
-    out = torch.ops.hinm.conv2d(x.to(memory_format=torch.channels_last), *rest)
-    torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+def images(x: Tensor) -> list[Tensor]:
+    """The same numbers in every storage that images come in."""
+    last = x.to(memory_format=torch.channels_last)
+    wider = torch.cat([last, last], dim=1).to(memory_format=torch.channels_last)
+    return [x, last, wider[:, : x.shape[1]], x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1)]
+
+
+@pytest.mark.parametrize("size", [(9, 10), (9, 9), (7, 1), (1, 7), (1, 1)], ids=str)
+def test_conv2d_takes_any_storage_and_writes_that_of_the_dense_function(size: tuple[int, int]) -> None:
+    case = (8, 16, (1, 1), (1, 1), (0, 0), (1, 1), 2)
+    dense, (x, *rest) = conv_case(case, 2, size=size)
+    weight = torch.randn(16, 4, 1, 1)
+    for stored in images(x):
+        out = torch.ops.hinm.conv2d(stored, *rest)
+        torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
+        assert out.stride() == F.conv2d(stored, weight, groups=2).stride()
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(each) if isinstance(each, Tensor) else each for each in (stored, *rest)]
+            assert torch.ops.hinm.conv2d(*fakes).stride() == out.stride()
 
 
 def storages(x: Tensor) -> list[Tensor]:

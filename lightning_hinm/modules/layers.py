@@ -242,7 +242,8 @@ class HiNMConv2d(HiNMLayer):
             pads = ((0, 0),) * len(pads)
         flat = self.kind == "conv1d"
         numbers = self.geometry(tuple(before for before, _ in pads))
-        out = hinm_conv2d(x.unsqueeze(-2) if flat else x, *self.operands, *numbers)
+        # Contiguous: else the image is channels last, and so is what comes out, unlike that of F.conv1d.
+        out = hinm_conv2d(x.contiguous().unsqueeze(-2) if flat else x, *self.operands, *numbers)
         return out.squeeze(-2) if flat else out
 
     def geometry(self, padding: tuple[int, ...]) -> tuple[int | float | None, ...]:

@@ -1,9 +1,11 @@
 """``torch.ops.hinm.linear`` and ``torch.ops.hinm.conv2d``: one schema, a fake, a kernel and a derivative each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from lightning_hinm import kernels
 from lightning_hinm.ops import gpu, product
@@ -67,12 +69,26 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _conv2d(x: Tensor, *operands: Any) -> Tensor:
     conv2d = Conv2dOperands(*operands)
     size = conv2d.check(x)
-    return gpu.conv2d(x, conv2d, size) if _on_kernels(x, conv2d) else product.conv2d(x, conv2d, size)
+    out = gpu.conv2d(x, conv2d, size) if _on_kernels(x, conv2d) else product.conv2d(x, conv2d, size)
+    return _new_images(x, out.shape).copy_(out) if _is_channels_last(x) else out
 
 
 def _conv2d_fake(x: Tensor, *operands: Any) -> Tensor:
     conv2d = Conv2dOperands(*operands)
-    return x.new_empty(*x.shape[:-3], conv2d.output_order.shape[0], *conv2d.check(x))
+    size = conv2d.check(x)
+    return _new_images(x, (*x.shape[:-3], conv2d.output_order.shape[0], *size))
+
+
+def _new_images(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Stored as those of ``F.conv2d`` are, since whoever reads them may take views: channels last where ``x`` is."""
+    if not _is_channels_last(x):
+        return x.new_empty(shape)
+    batch, rows, height, width = shape
+    return x.new_empty(batch, height, width, rows).permute(0, 3, 1, 2)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and suggest_memory_format(x) == torch.channels_last
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,7 +3,7 @@
 from lightning_hinm.passes.absorb import OrderFate, absorb_orders_pass, find_streams, orders_of
 from lightning_hinm.passes.fold import find_norm_calls, fold_norm, fold_norms_pass
 from lightning_hinm.passes.fuse import fuse_activations_pass
-from lightning_hinm.passes.islands import contexts_of, feature_major_islands_pass, keep_channels_last_pass
+from lightning_hinm.passes.islands import contexts_of, feature_major_islands_pass
 from lightning_hinm.passes.sparsify import (
     LayerCall,
     find_calls,
@@ -29,7 +29,6 @@ __all__ = [
     "fold_norm",
     "fold_norms_pass",
     "fuse_activations_pass",
-    "keep_channels_last_pass",
     "lift_tensors_pass",
     "orders_of",
     "seen_shape",

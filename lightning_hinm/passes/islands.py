@@ -17,9 +17,6 @@ from lightning_hinm.passes.sparsify import finish_pass, held, operand, seen_shap
 from lightning_hinm.pattern import HiNMPattern
 from lightning_hinm.plan import TOKENS
 
-# What fails on, or reads something else from, the same numbers stored in another way.
-_VIEWS = ("view", "view_as", "as_strided", torch.as_strided)
-
 
 @dataclass(eq=False)
 class Island:
@@ -64,44 +61,6 @@ def feature_major_islands_pass(gm: fx.GraphModule) -> fx.GraphModule:
         for node in island.writers:
             set_operand(node, "feature_major", True)
     return finish_pass(gm, "feature_major_islands_pass", len(chosen), "islands")
-
-
-def keep_channels_last_pass(gm: fx.GraphModule) -> fx.GraphModule:
-    """Images lie channels last where they did, if anything in the graph depends on how values lie.
-
-    Before::
-
-        %y = hinm.conv2d(%x, ...)
-        %z = permute(%y, 0, 2, 3, 1).view(...)
-
-    After::
-
-        %y = hinm.conv2d(%x, ...)
-        %kept = contiguous(%y, memory_format=channels_last)
-        %z = permute(%kept, 0, 2, 3, 1).view(...)
-
-    Equal, because a copy has the same numbers. ``F.conv2d`` writes channels last what it reads so, but ``hinm.conv2d``
-    writes channel by channel, of which there may be no such view.
-
-    Args:
-        gm: sparsified; rewritten in place.
-
-    Returns:
-        ``gm``.
-    """
-    count = 0
-    views = any(node.target in _VIEWS for node in gm.graph.nodes)
-    for node in gm.graph.find_nodes(op="call_function", target=hinm_conv2d) if views else ():
-        value = node.meta.get("example_value")
-        if value is None or value.is_contiguous() or not value.is_contiguous(memory_format=torch.channels_last):
-            continue
-        with gm.graph.inserting_after(node):
-            kept = gm.graph.call_method("contiguous", kwargs={"memory_format": torch.channels_last})
-        kept.meta = dict(node.meta)
-        node.replace_all_uses_with(kept)
-        kept.args = (node,)
-        count += 1
-    return finish_pass(gm, "keep_channels_last_pass", count, "images")
 
 
 def contexts_of(gm: fx.GraphModule) -> dict[int, list[dict[str, Any]]]:

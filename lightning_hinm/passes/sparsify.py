@@ -290,6 +290,7 @@ def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mappin
     # Read now, not when the call was found: an earlier rewrite may have replaced its operands.
     _, names = _TARGETS[call.node.target]
     given = dict(zip(names, call.node.args, strict=False)) | dict(call.node.kwargs)
+    x: Any
     x, bias = (given["mat1"], given["input"]) if call.kind == "hf_conv1d" else (given["input"], given.get("bias"))
     packed = [buffers[name] for name in PACKED_TENSORS] + [bias] + [buffers[name] for name in EXPANDED]
     if call.kind in ("linear", "hf_conv1d"):
@@ -307,7 +308,10 @@ def _call_op(graph: fx.Graph, call: LayerCall, layer: HiNMLayer, buffers: Mappin
             padding = [size // 2 for size in reach]
     padding = _each(0 if padding == "valid" else padding, len(kernel))
     if call.kind == "conv1d":
-        x = _call(graph, torch.unsqueeze, x, -2)
+        # Contiguous: else the image is channels last, and so is what comes out, unlike that of F.conv1d.
+        stored = graph.call_method("contiguous", (x,))
+        stored.meta["example_value"] = x.meta["example_value"].contiguous()
+        x = _call(graph, torch.unsqueeze, stored, -2)
         kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     numbers = (layer.shape[1] * layer.groups, *kernel, *stride, *padding, *dilation, layer.groups)
     out = graph.call_function(hinm_conv2d, (x, *packed, *numbers, *layer.pattern.fields))
