@@ -201,7 +201,7 @@ def _make_twins(layers: Mapping[fx.Node, TracedTensor]) -> dict[fx.Node, PackedT
         make = functools.partial(_pack, weakref.ref(layout), kind=kind, groups=groups, name=name)
         create = functools.partial(PackedTwin, name, [weight], make, kind=kind, groups=groups)
         try:
-            twins[node] = twin_of(layout, None, [weight], create)
+            twins[node] = twin_of(layout, weakref.ref(module), [weight], create)
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
@@ -246,11 +246,11 @@ def _fold_norms(
         if not _counts_batches(norm) or any(tensor.is_inference() for tensor in sources):
             continue  # a training of the norm could not be seen
         make = functools.partial(_fold, origin.make, names, eps=call.eps, name=origin.name)
-        owners = [(name, weakref.ref(traced[node].module), traced[node].key) for name, node in call.tensors.items()]
+        owners = [(weakref.ref(traced[node].module), traced[node].key) for node in nodes]
         kind, groups = origin.layer.kind, origin.layer.groups
         create = functools.partial(PackedTwin, origin.name, sources, make, kind=kind, groups=groups, norm=norm)
         try:
-            twin = twin_of(origin.owner, (call.eps, *owners), sources, create)
+            twin = twin_of(origin.owner, (call.eps, names, *owners), sources, create)
         except ValueError as error:
             log.info("hinm: a norm stays: %s", error)
             continue

@@ -366,6 +366,18 @@ def test_layers_tied_after_pruning_are_packed_by_the_layout_that_fits_or_refused
         torch.testing.assert_close(to_hinm(model)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("between", [nn.ReLU, lambda: nn.BatchNorm1d(16)], ids=["relu", "norm"])
+def test_a_layer_that_is_copied_with_its_layout_but_not_its_weight_has_its_own_packing(between: Any) -> None:
+    layer, module = pruned(nn.Linear(16, 16)), between().eval()
+    other = copy.copy(layer)
+    other._parameters = {"weight": nn.Parameter(layer.weight.detach() * 2), "bias": layer.bias}
+    model = nn.Sequential(layer, module, other, module)
+    function = compiled(model)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert_same(function, model, torch.randn(3, 16), calls=2)
+
+
 def test_a_weight_of_another_shape_is_refused_and_another_layer_runs_dense() -> None:
     model = mlp()
     function = compiled(model)
