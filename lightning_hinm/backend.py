@@ -14,6 +14,7 @@ from lightning_hinm.format import HiNMWeight
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.modules import HiNMLayer, Packing, pack_weight
 from lightning_hinm.ops import hinm_conv2d, hinm_linear, warn_once
+from lightning_hinm.ops.operands import is_channels_last
 from lightning_hinm.passes import (
     LayerCall,
     absorb_orders_pass,
@@ -100,7 +101,7 @@ def hinm_backend(
         return inner(gm, example_inputs)
     reached = {call.weight for call in find_calls(gm)}
     _warn_out_of_reach({each.name: node for node, each in pruned.items() if node not in reached})
-    twins = sparsify_graph(gm, traced, plan).twins
+    twins = sparsify_graph(gm, traced, plan, inner_name).twins
     finish_graph(gm)
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     checks = [(twin, [positions[node] for node in nodes]) for twin, nodes in twins]
@@ -119,13 +120,14 @@ def hinm_backend(
     return run
 
 
-def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str) -> Sparsified:
+def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str, inner: str) -> Sparsified:
     """The calls of pruned layers become sparse ops, which still restore all orders, and the norms behind them fold.
 
     Args:
         gm: from Dynamo; rewritten in place.
         traced: its tensors.
         plan: ``"auto"`` leaves a layer dense where that is faster, ``"sparse"`` never.
+        inner: the backend that compiles the rest.
 
     Raises:
         ValueError: for weights that are not zero outside their pattern; all offenders in one message.
@@ -135,7 +137,7 @@ def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str) -> Sparsified:
     pruned = {node: each for node, each in traced.pruned.items() if node in reached}
     twins, workloads = _make_twins(pruned), {}
     if plan == "auto":
-        workloads = _find_workloads(gm, pruned, twins, calls)
+        workloads = _find_workloads(gm, pruned, twins, calls, inner)
         twins = {node: twin for node, twin in twins.items() if _wins(twin.name, workloads[node])}
     converted = traced.converted
     lift_tensors_pass(gm, {node.name: each.tensor for node, each in converted.items()})
@@ -279,9 +281,12 @@ def _find_workloads(
     layers: Mapping[fx.Node, TracedTensor],
     twins: Mapping[fx.Node, PackedTwin],
     calls: Sequence[LayerCall],
+    inner: str,
 ) -> dict[fx.Node, list[Workload]]:
     """The calls of each layer: on the shapes that Dynamo saw, and each with the order and the storage that it would
     have if all layers were sparse."""
+    mkldnn: Any = torch.backends.mkldnn
+    turned = inner == "inductor" and mkldnn.is_available() and mkldnn.enabled
     trial = copy_graph(gm)
     _sparsify(trial, twins)
     finish_graph(trial)
@@ -294,7 +299,11 @@ def _find_workloads(
             if shape is not None:
                 if call.kind == "linear":  # x of a fused call is the input of what it is fused into
                     shape = (*shape[:-1], twin.layer.shape[1])
-                workloads.append(workload_of(layers[node].module, shape))
+                workload = workload_of(layers[node].module, shape)
+                if call.kind == "conv2d":  # on a CPU, Inductor turns all images channels last
+                    last = (turned and workload.device.type == "cpu") or is_channels_last(call.x.meta["example_value"])
+                    workload = replace(workload, channels_last=last)
+                workloads.append(workload)
         own = contexts.get(id(twin.layer.values), [])
         if len(own) == len(workloads):
             workloads = [replace(workload, **context) for workload, context in zip(workloads, own, strict=True)]

@@ -278,7 +278,7 @@ def _read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Reading:
         for node, layer in traced.pruned.items()
         if node not in reached
     ]
-    sparsified = sparsify_graph(gm, traced, "auto")
+    sparsified = sparsify_graph(gm, traced, "auto", "inductor")
     owners = {id(each.tensor): each.module for each in traced.converted.values() if each.key == "metadata"}
     owners |= {id(twin.layer.metadata): traced.tensors[nodes[0]].module for twin, nodes in sparsified.twins}
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))

@@ -48,6 +48,7 @@ class Workload:
         restored: whether the rows are written back in the order of the channels: no reader has absorbed theirs.
         feature_major: whether the input of a linear layer lies so.
         feature_major_out: whether its result shall.
+        channels_last: whether the images of a convolution lie so, then its result too.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +64,7 @@ class Workload:
     restored: bool = True
     feature_major: bool = False
     feature_major_out: bool = False
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -306,13 +308,16 @@ def predict(workload: Workload) -> dict[str, Choice]:
         spatial = zip((height, width), shape[2:], workload.stride, workload.padding, workload.dilation, strict=True)
         out = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in spatial]
         images, pixels = math.prod(workload.input_shape[:-3]), math.prod(out)
-        direct = (*shape[2:], *workload.stride) == (1, 1, 1, 1) and not any(workload.padding)
-        direct = direct and pixels % cost.ALIGNED == 0
-        planes = 0 if direct else 2 * shape[3] * math.prod(workload.input_shape) // workload.stride[1]
-        if not direct:
-            pixels = out[0] * -(-out[1] // cost.ALIGNED) * cost.ALIGNED
-        tokens = images * -(-pixels // cost.GATHER_TOKENS) * cost.GATHER_TOKENS  # a block takes pixels of one image
-        call = cost.Call(pattern, shape[0], math.prod(shape[1:]), tokens, planes=planes)
+        pointwise = shape[2:] == (1, 1) and not any(workload.padding)
+        if pointwise and workload.groups == 1 and workload.channels_last:  # a linear layer
+            call = cost.Call(pattern, shape[0], shape[1], images * pixels)
+        else:
+            direct = pointwise and workload.stride == (1, 1) and pixels % cost.ALIGNED == 0
+            planes = 0 if direct else 2 * shape[3] * math.prod(workload.input_shape) // workload.stride[1]
+            if not direct:
+                pixels = out[0] * -(-out[1] // cost.ALIGNED) * cost.ALIGNED
+            tokens = images * -(-pixels // cost.GATHER_TOKENS) * cost.GATHER_TOKENS  # a block takes pixels of one image
+            call = cost.Call(pattern, shape[0], math.prod(shape[1:]), tokens, planes=planes)
     choice = cost.choose_kernel(call, kernels.shared_limit(device), gpu)
     return {} if choice is None else {"sparse": choice, "dense": cost.predict_dense(call, gpu)}
 
@@ -348,6 +353,7 @@ def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tenso
         stored = x.movedim(-1, 0).contiguous().movedim(0, -1) if workload.feature_major else x
         tail = (shape[1], *pattern.fields, "none", workload.feature_major_out)
         return (lambda: F.linear(x, weight, bias)), (lambda: hinm_linear(stored, *operands, *tail))
+    x = x.to(memory_format=torch.channels_last) if workload.channels_last else x
     spatial = (workload.stride, workload.padding, workload.dilation)
     geometry = (shape[1] * groups, *shape[2:], *(size for pair in spatial for size in pair), groups)
     return (

@@ -19,6 +19,7 @@ import lightning_hinm.backend
 import lightning_hinm.twins
 from lightning_hinm import HiNMPattern, prune, repack, save_hinm, to_hinm
 from lightning_hinm.ops import EXPANDED
+from lightning_hinm.plan import Decision, Workload
 from lightning_hinm.prune import layout_of
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -484,6 +485,47 @@ def test_sparse_convolutions_write_in_the_storage_of_dense_ones(convert: Any, in
             assert_same(function, model, x, calls=3)
             torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def separable() -> nn.Sequential:
+    stem, middle = nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(32, 32, 3, groups=32)
+    model = nn.Sequential(stem, nn.ReLU6(), nn.Conv2d(16, 32, 1), nn.ReLU6(), middle, nn.ReLU6(), nn.Conv2d(32, 16, 1))
+    prune(model, HiNMPattern(vector_size=8), include=["2", "6"], method="identity")
+    return model
+
+
+def test_inductor_hands_images_from_convolution_to_convolution_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def record(x: Tensor, *operands: Any) -> Tensor:
+        taken.append(x.is_contiguous())
+        return linear(x, *operands)
+
+    linear = lightning_hinm.ops.product.linear
+    monkeypatch.setattr("lightning_hinm.ops.product.linear", record)
+    model = separable()
+    with torch.inference_mode():
+        assert_same(compiled(model, "inductor"), model, torch.randn(2, 3, 12, 12), calls=2)
+    assert taken[-2:] == [True, True]  # rows of channels, although the images of the dense model are not
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_convolutions_are_timed_on_images_as_the_graph_will_have_them(
+    inner: str, memory: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def decide(*workloads: Workload) -> Decision:
+        seen.extend(workload.channels_last for workload in workloads)
+        return Decision("sparse", "", 1.0, 1.0)
+
+    monkeypatch.setattr("lightning_hinm.backend.decide", decide)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs: gm.forward)
+    function, x = torch.compile(separable(), backend="hinm", options={"inner": inner}), torch.randn(2, 3, 12, 12)
+    with torch.inference_mode():
+        function(x.to(memory_format=memory))
+    assert seen == [inner == "inductor" or memory is torch.channels_last] * 2
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -222,12 +222,17 @@ CONVOLUTIONS = [
 ]
 
 
-def check_conv2d(case: tuple[Any, ...], dtype: torch.dtype, batched: bool = True) -> None:
+def check_conv2d(
+    case: tuple[Any, ...],
+    dtype: torch.dtype,
+    batched: bool = True,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> None:
     batch, channels, rows, size, kernel, stride, padding, dilation, groups = case
     pattern = HiNMPattern(32, 0.5)
     packed = packed_layer(rows, channels // groups, *kernel, pattern=pattern, dtype=dtype, groups=groups)
     x = numbers(batch, channels, *size, dtype=dtype)
-    x, bias = x if batched else x[0], numbers(rows, dtype=dtype)
+    x, bias = x.to(memory_format=memory_format) if batched else x[0], numbers(rows, dtype=dtype)
     expanded = expand_all(packed, groups=groups)
     geometry = (channels, *kernel, *stride, *padding, *dilation, groups)
     found = torch.ops.hinm.conv2d(
@@ -236,6 +241,7 @@ def check_conv2d(case: tuple[Any, ...], dtype: torch.dtype, batched: bool = True
     double = [tensor.to(torch.float64) for tensor in (x, unpack(packed), bias)]
     expected = F.relu(F.conv2d(*double, stride, padding, dilation, groups))
     assert found.shape == expected.shape
+    assert not batched or found.is_contiguous(memory_format=memory_format)
     assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
@@ -246,6 +252,23 @@ def test_convolutions_agree(case: tuple[Any, ...], dtype: torch.dtype) -> None:
         check_conv2d(case, dtype)
     direct = case[4:7] == ((1, 1), (1, 1), (0, 0)) and case[3][0] * case[3][1] % 8 == 0
     assert ("planes" in emulator.launched) != direct
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=str)
+def test_a_weight_that_meets_one_pixel_takes_images_channels_last_as_a_linear_layer(stride: tuple[int, int]) -> None:
+    with emulated() as emulator:
+        check_conv2d(
+            (3, 40, 64, (7, 7), (1, 1), stride, (0, 0), (1, 1), 1), torch.float16, memory_format=torch.channels_last
+        )
+    assert not {"planes", "transpose"} & set(emulator.launched)
+    assert emulator.launched
+
+
+@pytest.mark.parametrize("case", [CONVOLUTIONS[2], CONVOLUTIONS[5]], ids=str)
+def test_other_convolutions_write_channels_last_what_they_read_so(case: tuple[Any, ...]) -> None:
+    with emulated() as emulator:
+        check_conv2d(case, torch.float16, memory_format=torch.channels_last)
+    assert "planes" in emulator.launched
 
 
 def test_a_convolution_of_one_image_without_a_batch_agrees() -> None:
@@ -635,6 +658,7 @@ def test_every_entry_computes_the_layer_on_a_gpu(case: tuple[Any, ...], dtype: t
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_convolutions_agree_on_a_gpu(case: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_agree_on_a_gpu(case: tuple[Any, ...], memory_format: torch.memory_format) -> None:
     with torch.device("cuda"):
-        check_conv2d(case, torch.float16)
+        check_conv2d(case, torch.float16, memory_format=memory_format)

@@ -149,14 +149,25 @@ def images(x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("size", [(9, 10), (9, 9), (7, 1), (1, 7), (1, 1)], ids=str)
-def test_conv2d_takes_any_storage_and_writes_that_of_the_dense_function(size: tuple[int, int]) -> None:
-    case = (8, 16, (1, 1), (1, 1), (0, 0), (1, 1), 2)
+@pytest.mark.parametrize(
+    "case",
+    [
+        (8, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+        (8, 16, (1, 1), (2, 3), (0, 0), (1, 1), 1),
+        (8, 16, (1, 1), (1, 1), (0, 0), (1, 1), 2),
+        (8, 16, (1, 1), (1, 1), (1, 0), (1, 1), 1),
+        (8, 16, (3, 2), (2, 1), (1, 1), (1, 1), 1),
+    ],
+    ids=str,
+)
+def test_conv2d_takes_any_storage_and_writes_that_of_the_dense_function(case: tuple, size: tuple[int, int]) -> None:
     dense, (x, *rest) = conv_case(case, 2, size=size)
-    weight = torch.randn(16, 4, 1, 1)
+    channels, rows, kernel, *geometry, groups = case
+    weight = torch.randn(rows, channels // groups, *kernel)
     for stored in images(x):
         out = torch.ops.hinm.conv2d(stored, *rest)
         torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
-        assert out.stride() == F.conv2d(stored, weight, groups=2).stride()
+        assert out.stride() == F.conv2d(stored, weight, None, *geometry, groups).stride()
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(each) if isinstance(each, Tensor) else each for each in (stored, *rest)]
             assert torch.ops.hinm.conv2d(*fakes).stride() == out.stride()

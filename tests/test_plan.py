@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hinm import HiNMPattern, prune, to_hinm
-from lightning_hinm.ops import hinm_linear
+from lightning_hinm.ops import hinm_conv2d, hinm_linear
 from lightning_hinm.plan import COLUMNS, Decision, LayerPlan, ModelPlan, Workload, decide, measure, workload_of
 
 PATTERN = HiNMPattern(vector_size=8)
@@ -83,6 +84,24 @@ def test_a_layer_is_timed_in_the_storage_and_the_order_that_a_graph_gives_it(mon
         storage = {"restored": restored, "feature_major": reads, "feature_major_out": writes}
         measure(Workload((24, 20), PATTERN, (3, 20), torch.float32, CPU, **storage))
         assert seen.pop() == flags
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_both_sides_are_timed_on_images_as_they_lie(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    for name, function in (("hinm_conv2d", hinm_conv2d), ("F.conv2d", F.conv2d)):
+
+        def record(x: torch.Tensor, *operands: Any, function: Any = function) -> torch.Tensor:
+            out = function(x, *operands)
+            seen.extend(each.is_contiguous(memory_format=torch.channels_last) for each in (x, out))
+            return out
+
+        monkeypatch.setattr(f"lightning_hinm.plan.{name}", record)
+    measure(
+        Workload((24, 20, 1, 1), PATTERN, (2, 20, 3, 3), torch.float32, CPU, (1, 1), (0, 0), (1, 1), channels_last=last)
+    )
+    assert seen
+    assert set(seen) == {last}
 
 
 def test_a_measurement_leaves_the_global_generator_alone() -> None:

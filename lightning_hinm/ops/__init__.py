@@ -1,11 +1,9 @@
 """``torch.ops.hinm.linear`` and ``torch.ops.hinm.conv2d``: one schema, a fake, a kernel and a derivative each."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from lightning_hinm import kernels
 from lightning_hinm.ops import gpu, product
@@ -18,6 +16,7 @@ from lightning_hinm.ops.operands import (
     cast,
     expand_all,
     expanded_bytes,
+    new_images,
     no_kernel,
     warn_once,
 )
@@ -30,13 +29,14 @@ _TENSORS = (
     "Tensor? expansion_metadata, Tensor? columns, Tensor? restore"
 )
 _PATTERN = 'int vector_size, float vector_sparsity, int n, int m, int? window, str activation="none"'
-# Both kernels take an input of any strides and return a tensor of its own, contiguous as it is or with its last
-# dimension first (``feature_major``).
+# Both take an input of any strides and return a tensor of its own. That of linear is contiguous as it is or with its
+# last dimension first (``feature_major``); that of conv2d is channels last if the input is, which Inductor may choose.
 _LIBRARY.define(f"linear(Tensor x, {_TENSORS}, int in_features, {_PATTERN}, bool feature_major=False) -> Tensor")
 _LIBRARY.define(
     f"conv2d(Tensor x, {_TENSORS}, int in_channels, int kernel_height, int kernel_width, int stride_height, "
     "int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width, int groups, "
-    f"{_PATTERN}) -> Tensor"
+    f"{_PATTERN}) -> Tensor",
+    tags=torch.Tag.flexible_layout,
 )
 
 
@@ -69,26 +69,14 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _conv2d(x: Tensor, *operands: Any) -> Tensor:
     conv2d = Conv2dOperands(*operands)
     size = conv2d.check(x)
-    out = gpu.conv2d(x, conv2d, size) if _on_kernels(x, conv2d) else product.conv2d(x, conv2d, size)
-    return _new_images(x, out.shape).copy_(out) if _is_channels_last(x) else out
+    kernels = gpu if _on_kernels(x, conv2d) else product
+    as_linear = conv2d.as_linear(x)
+    return kernels.conv2d(x, conv2d, size) if as_linear is None else kernels.linear(*as_linear).permute(0, 3, 1, 2)
 
 
 def _conv2d_fake(x: Tensor, *operands: Any) -> Tensor:
     conv2d = Conv2dOperands(*operands)
-    size = conv2d.check(x)
-    return _new_images(x, (*x.shape[:-3], conv2d.output_order.shape[0], *size))
-
-
-def _new_images(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Stored as those of ``F.conv2d`` are, since whoever reads them may take views: channels last where ``x`` is."""
-    if not _is_channels_last(x):
-        return x.new_empty(shape)
-    batch, rows, height, width = shape
-    return x.new_empty(batch, height, width, rows).permute(0, 3, 1, 2)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and suggest_memory_format(x) == torch.channels_last
+    return new_images(x, conv2d.output_order.shape[0], *conv2d.check(x))
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,8 @@ from lightning_hinm.ops.operands import (
     LinearOperands,
     Operands,
     groups_of,
+    is_channels_last,
+    new_images,
     pattern_of,
     warn_once,
 )
@@ -120,7 +122,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     """``hinm::conv2d`` from fragments: ``[B, C, H, W]`` -> ``[B, O, *size]``, or both without B."""
     images = x.reshape(-1, *x.shape[-3:])
     rows, (high, wide) = operands.output_order.shape[0], size
-    out = x.new_empty(images.shape[0], rows, high, wide)
+    out = images.new_empty(len(images), rows, high, wide)
     # One channel of the planes, in whole rows (planes.cu); with a stride, as many phases as the kernel meets.
     pitch = -(-wide // ALIGNED) * ALIGNED
     phases = min(operands.stride_height, (operands.kernel_height - 1) * operands.dilation_height + 1)
@@ -148,7 +150,8 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
         kernel = (operands.kernel_height, operands.kernel_width, operands.stride_height, operands.dilation_height)
         image_of_planes = Image(high * pitch, plane, part.shape[1], pitch, wide, kernel)
         _launch_gather(shifted, out_part, operands, image_of_planes)
-    return out.reshape(*x.shape[:-3], *out.shape[1:])
+    out = out.reshape(*x.shape[:-3], *out.shape[1:])
+    return new_images(x, *out.shape[-3:]).copy_(out) if is_channels_last(x) else out
 
 
 class Image(NamedTuple):

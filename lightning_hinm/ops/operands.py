@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from lightning_hinm import kernels
 from lightning_hinm.format import HiNMWeight, expand
@@ -132,8 +133,29 @@ class Conv2dOperands(NamedTuple):
             )
         return (height - reach[0]) // self.stride_height + 1, (width - reach[1]) // self.stride_width + 1
 
+    def as_linear(self, x: Tensor) -> tuple[Tensor, LinearOperands] | None:
+        """The same of rows of channels, ``[B, OH, OW, C]``, if ``x`` lies so and each weight meets one pixel."""
+        pixel = (self.kernel_height, self.kernel_width, self.padding_height, self.padding_width) == (1, 1, 0, 0)
+        if not pixel or self.groups != 1 or not is_channels_last(x):
+            return None
+        pixels = x[:, :, :: self.stride_height, :: self.stride_width].permute(0, 2, 3, 1)
+        shared = {name: getattr(self, name) for name in LinearOperands._fields if hasattr(self, name)}
+        return pixels, LinearOperands(in_features=self.in_channels, **shared)
+
 
 Operands = LinearOperands | Conv2dOperands
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``F.conv2d`` takes images for channels last."""
+    return x.dim() == 4 and suggest_memory_format(x) == torch.channels_last
+
+
+def new_images(x: Tensor, rows: int, height: int, width: int) -> Tensor:
+    """Not filled; stored as ``F.conv2d`` stores its result, of which whoever reads it may take views: as ``x`` is."""
+    if is_channels_last(x):
+        return x.new_empty(x.shape[0], height, width, rows).permute(0, 3, 1, 2)
+    return x.new_empty(*x.shape[:-3], rows, height, width)
 
 
 def pattern_of(operands: Operands) -> HiNMPattern:

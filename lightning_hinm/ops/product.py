@@ -8,13 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands, activate, columns_of_x, restored_rows, tiles
+from lightning_hinm.ops.operands import (
+    Conv2dOperands,
+    LinearOperands,
+    activate,
+    columns_of_x,
+    new_images,
+    restored_rows,
+    tiles,
+)
 
-# The CPU takes so many tokens at a time: what is gathered and what comes out of the product then stay in the caches.
-# From features it gathers at most 1.5 MiB at a time, in float32; from rows all that it can, since there every call
-# reads each row anew, up to 16 MiB, beyond which the allocator asks for fresh pages at each call. Of a convolution,
-# 2 MiB.
-BLOCK, FEATURE_NUMBERS, ROW_NUMBERS, COLUMN_NUMBERS = 128, 3 << 17, 1 << 22, 1 << 19
+# The CPU takes as many blocks of tokens at a time as gather 2 MiB, in float32, or give 4 MiB, which then stay in the
+# caches; one at least. From features it gathers at most 1.5 MiB at a time; from rows all that it can, since there every
+# call reads each row anew, up to 16 MiB, beyond which the allocator asks for fresh pages at each call.
+BLOCK, BLOCK_NUMBERS, FEATURE_NUMBERS, ROW_NUMBERS = 128, 1 << 19, 3 << 17, 1 << 22
 # Below so many numbers, one thread gathers sooner than several are started.
 PARALLEL_NUMBERS = 1 << 18
 
@@ -28,7 +35,7 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
     tokens, rows = x.reshape(-1, operands.in_features), operands.output_order.shape[0]
     n, packed_rows = tokens.shape[0], expansion.shape[0] * expansion.shape[1]
     out = x.new_empty(rows, n).t() if operands.feature_major else x.new_empty(n, rows)  # [N, O]
-    step = BLOCK if x.device.type == "cpu" else max(n, 1)
+    step = _tokens_at_once(expansion, n)
     for first in range(0, n, step):
         block, part = (tokens, out) if n <= step else (tokens[first : first + step], out[first : first + step])
         if rows == packed_rows and not restore.numel():
@@ -56,7 +63,8 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     bias = None if operands.bias is None else operands.bias[:, None]
     images, pixels = x.reshape(-1, *x.shape[-3:]), height * width
     rows = operands.output_order.shape[0]
-    out = x.new_empty(images.shape[0], rows, pixels)  # [B, O, L]
+    new = new_images(x, rows, height, width)
+    out = new.reshape(images.shape[0], rows, height, width).flatten(2)
     step = _tokens_at_once(expansion, images.shape[0] * pixels)
     images_step, pixels_step = max(step // pixels, 1), min(step, pixels)
     for first in range(0, images.shape[0], images_step):
@@ -67,7 +75,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
             product = product.index_select(0, restore) if restore.numel() else product[:rows]
             product = product.unflatten(1, (-1, block.shape[2])).transpose(0, 1)  # [b, O, l]
             _write(product, bias, out[first : first + images_step, :, start : start + pixels_step])
-    return activate(out.reshape(*x.shape[:-3], rows, height, width), operands.activation)
+    return activate(new, operands.activation)
 
 
 def conv2d_grad(grad: Tensor, operands: Conv2dOperands, x_shape: torch.Size) -> Tensor:
@@ -82,8 +90,8 @@ def conv2d_grad(grad: Tensor, operands: Conv2dOperands, x_shape: torch.Size) -> 
 def _tokens_at_once(expansion: Tensor, tokens: int) -> int:
     if expansion.device.type != "cpu":
         return max(tokens, 1)
-    # At least V, since a product of [V, P] and [P, N] has to lay out [V, P] first; 128 against the calls.
-    return max(COLUMN_NUMBERS // (expansion.shape[0] * expansion.shape[2]), expansion.shape[1], 128)
+    count, height, p = expansion.shape
+    return BLOCK * max(BLOCK_NUMBERS // (BLOCK * count * max(p, height // 2)), 1)
 
 
 def _write_product(expansion: Tensor, tokens: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
