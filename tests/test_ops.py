@@ -95,7 +95,7 @@ def test_rows_that_are_packed_in_order_are_not_restored(rows: int, tokens: int, 
     torch.testing.assert_close(torch.ops.hinm.conv2d(image, *args), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(), (0,), (1,), (64,), (65,), (130,), (2, 0, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("size", [(), (0,), (1,), (8,), (9,), (65,), (2, 0, 3), (2, 3, 4), (70, 200)], ids=str)
 def test_linear_takes_any_number_of_tokens_in_any_shape(size: tuple[int, ...]) -> None:
     dense, args = linear_case(40, 24, PATTERNS[0], *size)
     out = torch.ops.hinm.linear(*args)
@@ -191,11 +191,16 @@ def test_linear_reads_any_storage_and_writes_either(
         assert (out.movedim(-1, 0) if feature_major else out).is_contiguous()
 
 
-def test_linear_writes_either_storage_of_rows_that_nothing_restores(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As after an absorbed order, in blocks of a few tokens and tiles.
-    monkeypatch.setattr("lightning_hinm.ops.product.BLOCK", 4)
-    for name in ("ROW_NUMBERS", "FEATURE_NUMBERS"):
-        monkeypatch.setattr(f"lightning_hinm.ops.product.{name}", 64)
+@pytest.mark.parametrize("times", [0, 100])
+@pytest.mark.parametrize("few", [0, 100])
+def test_linear_writes_either_storage_of_rows_that_nothing_restores(
+    times: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As after an absorbed order, in blocks of a few tokens and tiles, whichever way they are gathered.
+    monkeypatch.setattr("lightning_hinm.ops.product._tokens_at_once", lambda expansion, tokens: 4)
+    limits = {"GATHER_NUMBERS": 64, "PARALLEL_NUMBERS": 64, "TIMES": times, "FEW": few}
+    for name, value in limits.items():
+        monkeypatch.setattr(f"lightning_hinm.ops.product.{name}", value)
     weight, packed = masked(24, 18, pattern=PATTERNS[0])
     order = packed.output_order.to(torch.int64)
     x, bias = torch.randn(11, 18), torch.randn(24)

@@ -18,33 +18,28 @@ from lightning_hinm.ops.operands import (
     tiles,
 )
 
-# The CPU takes as many blocks of tokens at a time as gather 2 MiB, in float32, or give 4 MiB, which then stay in the
-# caches; one at least. From features it gathers at most 1.5 MiB at a time; from rows all that it can, since there every
-# call reads each row anew, up to 16 MiB, beyond which the allocator asks for fresh pages at each call.
-BLOCK, BLOCK_NUMBERS, FEATURE_NUMBERS, ROW_NUMBERS = 128, 1 << 19, 3 << 17, 1 << 22
+# The CPU takes at least a block of tokens at a time, and more of a small layer, so that what comes out of the product
+# stays in the caches until it is turned. It gathers at most 1.5 MiB at a time, in float32.
+BLOCK, BLOCK_NUMBERS, GATHER_NUMBERS = 128, 1 << 18, 3 << 17
+# Rows are turned first, so that whole runs are gathered, unless the tokens are few, or what is gathered is at most so
+# many times as much as the rows: then numbers are gathered one by one. The product of few tokens is in rows too.
+TIMES, FEW = 2, 8
 # Below so many numbers, one thread gathers sooner than several are started.
 PARALLEL_NUMBERS = 1 << 18
 
 
 def linear(x: Tensor, operands: LinearOperands) -> Tensor:
-    """``activation(F.linear(x, unpack(packed), bias))``: ``[..., I]`` -> ``[..., O]``.
-
-    Nothing is transposed on the way: the product takes its columns from either storage and writes either.
-    """
-    expansion, columns, restore, bias = tiles(operands), columns_of_x(operands), restored_rows(operands), operands.bias
+    """``activation(F.linear(x, unpack(packed), bias))``: ``[..., I]`` -> ``[..., O]``."""
+    expansion, columns, restore = tiles(operands), columns_of_x(operands), restored_rows(operands)
+    bias = None if operands.bias is None else operands.bias[:, None]
     tokens, rows = x.reshape(-1, operands.in_features), operands.output_order.shape[0]
-    n, packed_rows = tokens.shape[0], expansion.shape[0] * expansion.shape[1]
+    n = tokens.shape[0]
     out = x.new_empty(rows, n).t() if operands.feature_major else x.new_empty(n, rows)  # [N, O]
     step = _tokens_at_once(expansion, n)
     for first in range(0, n, step):
-        block, part = (tokens, out) if n <= step else (tokens[first : first + step], out[first : first + step])
-        if rows == packed_rows and not restore.numel():
-            _write_product(expansion, block, columns, bias, part)
-            continue
-        size = (packed_rows, len(block))
-        product = x.new_empty(size).t() if operands.feature_major else x.new_empty(size[::-1])  # [n, T * V]
-        _write_product(expansion, block, columns, None, product)
-        _write(_take_columns(product, restore) if restore.numel() else product[:, :rows], bias, part)
+        product = _product_of_rows(expansion, tokens[first : first + step], columns)  # [T * V, n]
+        product = product.index_select(0, restore) if restore.numel() else product[:rows]
+        _write(product, bias, out[first : first + step].t())
     return activate(out.reshape(*x.shape[:-1], rows), operands.activation)
 
 
@@ -91,50 +86,38 @@ def _tokens_at_once(expansion: Tensor, tokens: int) -> int:
     if expansion.device.type != "cpu":
         return max(tokens, 1)
     count, height, p = expansion.shape
-    return BLOCK * max(BLOCK_NUMBERS // (BLOCK * count * max(p, height // 2)), 1)
+    step = BLOCK_NUMBERS // (count * max(p, height // 2))
+    return max(step // 32 * 32 + 16, BLOCK)  # not whole kilobytes, which meet in few places of a cache when turned
 
 
-def _write_product(expansion: Tensor, tokens: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``[n, I]`` -> ``out``, ``[n, T * V]``: each tile times the columns that it keeps; both in either storage."""
-    count, height, p = expansion.shape
+def _product_of_rows(expansion: Tensor, tokens: Tensor, columns: Tensor) -> Tensor:
+    """``[n, I]`` -> ``[T * V, n]``: each tile times the columns that it keeps."""
+    count, _, p = expansion.shape
     n = tokens.shape[0]
-    most = ROW_NUMBERS if tokens.stride(1) == 1 else FEATURE_NUMBERS
-    step = max(most // (p * n), 1) if tokens.device.type == "cpu" else count
-    for first in range(0, count, step):
-        some, own_columns, own_bias, part = expansion, columns, bias, out
-        if step < count:
-            some, own_columns = expansion[first : first + step], columns[first * p : (first + step) * p]
-            rows = slice(first * height, (first + step) * height)
-            own_bias, part = None if bias is None else bias[rows], out[:, rows]
-        gathered = _take_columns(tokens, own_columns)  # [n, t * P]
-        in_rows = gathered.stride(1) == 1
-        gathered = gathered.view(n, -1, p).transpose(0, 1) if in_rows else gathered.t().view(-1, p, n)
-        # The product reads either storage as it lies; it is asked for in that of the result.
-        if out.stride(1) == 1:
-            gathered = gathered if in_rows else gathered.transpose(1, 2)  # [t, n, P]
-            product = torch.bmm(gathered, some.transpose(1, 2)).transpose(0, 1)  # [n, t, V]
-            _write(product, None if own_bias is None else own_bias.view(-1, height), part.view(n, -1, height))
-        else:
-            gathered = gathered.transpose(1, 2) if in_rows else gathered  # [t, P, n]
-            own_bias = None if own_bias is None else own_bias.view(-1, height, 1)
-            _write(torch.bmm(some, gathered), own_bias, part.t().view(-1, height, n))
-
-
-def _take_columns(matrix: Tensor, columns: Tensor) -> Tensor:
-    """``matrix[:, columns]``, stored as ``matrix`` is: ``[n, c]``."""
-    n = matrix.shape[0]
-    if matrix.stride(1) != 1:
-        return matrix.t().index_select(0, columns).t()
-    if n * columns.shape[0] < PARALLEL_NUMBERS:
-        return matrix.index_select(1, columns)
-    return matrix.gather(1, columns.expand(n, -1))
+    if n > FEW and tokens.stride(0) == 1:
+        return _product_of_columns(expansion, tokens.t(), columns)
+    if n > FEW and columns.numel() > TIMES * tokens.shape[1]:
+        return _product_of_columns(expansion, tokens.t().contiguous(), columns)
+    small = n * columns.numel() < PARALLEL_NUMBERS
+    gathered = tokens.index_select(1, columns) if small else tokens.gather(1, columns.expand(n, -1))
+    gathered = gathered.view(n, count, p)
+    if n <= FEW:
+        return torch.bmm(gathered.transpose(0, 1), expansion.mT).mT.reshape(-1, n)
+    return torch.bmm(expansion, gathered.permute(1, 2, 0)).flatten(0, 1)
 
 
 def _product_of_columns(expansion: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """``[I, N]`` -> ``[T * V, N]``, likewise."""
-    count, _, p = expansion.shape
-    gathered = x.index_select(0, columns).view(count, p, -1)
-    return torch.bmm(expansion, gathered).flatten(0, 1)
+    """``[I, n]`` -> ``[T * V, n]``, likewise."""
+    count, height, p = expansion.shape
+    n = x.shape[1]
+    step = max(GATHER_NUMBERS // (p * n), 1) if x.device.type == "cpu" and n else count
+    if step >= count:
+        return torch.bmm(expansion, x.index_select(0, columns).view(count, p, n)).flatten(0, 1)
+    out = x.new_empty(count, height, n)
+    for first in range(0, count, step):
+        gathered = x.index_select(0, columns[first * p : (first + step) * p]).view(-1, p, n)
+        torch.bmm(expansion[first : first + step], gathered, out=out[first : first + step])
+    return out.flatten(0, 1)
 
 
 def _write(product: Tensor, bias: Tensor | None, out: Tensor) -> None:
