@@ -72,9 +72,9 @@ def hinm_backend(
     Args:
         gm: from Dynamo; rewritten in place.
         example_inputs: from Dynamo: the real parameters among them.
-        options: ``plan``: ``"auto"`` (default) leaves a layer dense where that is faster, ``"sparse"`` never and
-            ``"dense"`` always. ``inner``, the backend for the rest: ``"inductor"`` (default), ``"aot_eager"`` or
-            ``"eager"``.
+        options: ``plan``: ``"auto"`` (default) leaves a layer dense where that is faster on inputs of the sizes that
+            Dynamo has seen, ``"sparse"`` never and ``"dense"`` always. ``inner``, the backend for the rest:
+            ``"inductor"`` (default), ``"aot_eager"`` or ``"eager"``.
 
     Raises:
         ValueError: for unknown options, or weights that are not zero outside their pattern.

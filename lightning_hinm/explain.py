@@ -121,13 +121,16 @@ def _explain_layers(
         for reference, workloads in reading.workloads:
             if workloads and (layer := reference()) is not None:
                 traced.setdefault(_identity(layer), []).append(workloads)
+    called = {_identity(module) for module in forward.shapes} if forward else set()
     for name, module in layers.items():
         shapes = forward.shapes.get(module, []) if forward else []
         plan = _explain_layer(name, module, shapes, traced.get(_identity(module), []))
         if forward is not None:
             plan = replace(plan, calls=len(shapes), measured_seconds=forward.layers.get(module))
             if not shapes:
-                plan = replace(plan, reason=f"never called on these inputs; {plan.reason}")
+                read = _identity(module) in traced and _identity(module) not in called
+                calls = "its weight is read without calling it" if read else "never called on these inputs"
+                plan = replace(plan, reason=f"{calls}; {plan.reason}")
         owner = owners.setdefault(_identity(module), name)
         if owner != name:
             plan = replace(plan, dense_bytes=0, bytes=0, reason=f"{plan.reason}; shares the weight of {owner}")
@@ -173,9 +176,9 @@ def _decide_layer(
     """
     own = [workload_of(module, shape) for shape in shapes] or [workload_of(module)]
     calls = [workload for each in traced for workload in each]
-    same = Counter(each.input_shape for each in calls) == Counter(each.input_shape for each in own)
+    same = not shapes or Counter(each.input_shape for each in calls) == Counter(each.input_shape for each in own)
     decided = decide(*calls) if traced else None
-    decision = decide(*(calls if same else own))
+    decision = decide(*(calls if traced and same else own))
     won = f"sparse is {decision.dense_seconds / decision.sparse_seconds:.2f} times as fast on {decision.calls}"
     if decided is not None:
         decision = replace(decision, path=decided.path)

@@ -152,6 +152,27 @@ def test_every_call_of_a_layer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert never.reason.startswith("never called on these inputs; ")
 
 
+class Borrowed(nn.Module):
+    """Reads the weight of a layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight)
+
+
+def test_a_layer_whose_weight_is_read_without_a_call_of_it_is_decided_on_what_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sparse_wins(monkeypatch)
+    (layer,) = explain(pruned(Borrowed()), torch.randn(3, 16)).layers
+    assert layer.reason.startswith("its weight is read without calling it; sparse is")
+    assert layer.reason.endswith("on 3x16")
+    assert (layer.path, layer.calls, layer.measured_seconds) == ("sparse", 0, None)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_a_transformer_encoder_is_explained_with_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse_wins(monkeypatch)

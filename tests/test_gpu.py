@@ -283,7 +283,7 @@ def test_parts_of_a_batch_may_start_anywhere() -> None:
     assert emulator.launched == ["planes", "gather_f16_32"] * 4
 
 
-def test_an_image_with_more_pixels_than_a_grid_has_blocks_for_is_unfolded() -> None:
+def test_an_image_with_more_pixels_than_a_grid_has_blocks_for_takes_no_kernel() -> None:
     said = pytest.warns(UserWarning, match="no kernel takes images of")
     with emulated() as emulator, mock.patch("lightning_hinm.ops.gpu.MOST_BLOCKS", 1), said:
         check_conv2d(CONVOLUTIONS[0], torch.float16)

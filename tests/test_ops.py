@@ -135,6 +135,15 @@ def test_conv2d_equals_the_dense_function(case: tuple, batch: tuple[int, ...], d
     torch.testing.assert_close(torch.ops.hinm.conv2d(*args), dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", [*CONVOLUTIONS, (4, 16, (3, 2), (2, 5), (3, 1), (3, 2), 2)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 50, 250])
+def test_conv2d_takes_images_in_parts(case: tuple, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_hinm.ops.product._tokens_at_once", lambda expansion, n: tokens)
+    monkeypatch.setattr("lightning_hinm.ops.product.GATHER_NUMBERS", 64)
+    dense, args = conv_case(case, 3)
+    torch.testing.assert_close(torch.ops.hinm.conv2d(*args), dense, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 13, 70])
 def test_conv2d_takes_any_number_of_images_of_one_pixel(batch: int) -> None:
     dense, args = conv_case(CONVOLUTIONS[3], batch, size=(1, 1))

@@ -133,7 +133,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     shared = cost.gather_shared(weight.tile_rows, weight.kept)
     too_large = numbers >= MOST_NUMBERS or high * pitch > MOST_BLOCKS * cost.GATHER_TOKENS
     if too_large or shared > kernels.shared_limit(x.device):
-        warn_once(f"hinm::conv2d: no kernel takes images of {list(x.shape)} here. It unfolds them for a dense product.")
+        warn_once(f"hinm::conv2d: no kernel takes images of {list(x.shape)} here. It gathers for a dense product.")
         return product.conv2d(x, operands, size)
     direct = _is_read_as_it_lies(images, operands)
     step = MOST_BLOCKS if direct else min(max(PLANES_BYTES // (2 * numbers), 1), MOST_BLOCKS)

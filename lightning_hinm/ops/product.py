@@ -4,6 +4,8 @@ Shapes: O rows, I columns (of one group in a grouped convolution), T tiles of V 
 tokens; B images of L output pixels.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,22 +56,25 @@ def linear_grad(grad: Tensor, operands: LinearOperands) -> Tensor:
 def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor:
     """``activation(F.conv2d(x, unpack(packed), ...))``: ``[B, C, H, W]`` -> ``[B, O, *size]``, or both without B."""
     height, width = size
-    expansion, columns, restore = tiles(operands), columns_of_x(operands), restored_rows(operands)
-    bias = None if operands.bias is None else operands.bias[:, None]
-    images, pixels = x.reshape(-1, *x.shape[-3:]), height * width
-    rows = operands.output_order.shape[0]
+    expansion, restore, rows = tiles(operands), restored_rows(operands), operands.output_order.shape[0]
+    bias = None if operands.bias is None else operands.bias[:, None, None]
     new = new_images(x, rows, height, width)
-    out = new.reshape(images.shape[0], rows, height, width).flatten(2)
-    step = _tokens_at_once(expansion, images.shape[0] * pixels)
-    images_step, pixels_step = max(step // pixels, 1), min(step, pixels)
-    for first in range(0, images.shape[0], images_step):
-        image = _unfold(images[first : first + images_step], operands)  # [b, G * I, L]
-        for start in range(0, pixels, pixels_step):
-            block = image[:, :, start : start + pixels_step]
-            product = _product_of_columns(expansion, block.transpose(0, 1).flatten(1), columns)
+    out = new if x.dim() == 4 else new.unsqueeze(0)
+    planes, starts, pitch = _planes(x.reshape(-1, *x.shape[-3:]), operands)
+    step = _tokens_at_once(expansion, out.shape[0] * height * pitch)
+    images_step, rows_step = max(step // (height * pitch), 1), min(max(step // pitch, 1), height)
+    for first in range(0, out.shape[0], images_step):
+        some = planes[first : first + images_step]
+        own = (starts.unsqueeze(1) + planes.shape[1] * torch.arange(len(some), device=x.device)).flatten()
+        for top in range(0, height, rows_step):
+            part = out[first : first + images_step, :, top : top + rows_step]  # [b, O, h, w]
+            run = (part.shape[2] - 1) * pitch + width
+            place = some.storage_offset() + top * pitch
+            runs = some.as_strided((some.numel() - top * pitch - run + 1, run), (1, 1), place)  # one from every entry
+            product = _product_of_runs(expansion, runs, own)  # [T * V, b * run]
             product = product.index_select(0, restore) if restore.numel() else product[:rows]
-            product = product.unflatten(1, (-1, block.shape[2])).transpose(0, 1)  # [b, O, l]
-            _write(product, bias, out[first : first + images_step, :, start : start + pixels_step])
+            strides = (run, len(some) * run, pitch, 1)
+            _write(product.as_strided(part.shape, strides, product.storage_offset()), bias, part)
     return activate(new, operands.activation)
 
 
@@ -95,9 +100,9 @@ def _product_of_rows(expansion: Tensor, tokens: Tensor, columns: Tensor) -> Tens
     count, _, p = expansion.shape
     n = tokens.shape[0]
     if n > FEW and tokens.stride(0) == 1:
-        return _product_of_columns(expansion, tokens.t(), columns)
+        return _product_of_runs(expansion, tokens.t(), columns)
     if n > FEW and columns.numel() > TIMES * tokens.shape[1]:
-        return _product_of_columns(expansion, tokens.t().contiguous(), columns)
+        return _product_of_runs(expansion, tokens.t().contiguous(), columns)
     small = n * columns.numel() < PARALLEL_NUMBERS
     gathered = tokens.index_select(1, columns) if small else tokens.gather(1, columns.expand(n, -1))
     gathered = gathered.view(n, count, p)
@@ -106,16 +111,17 @@ def _product_of_rows(expansion: Tensor, tokens: Tensor, columns: Tensor) -> Tens
     return torch.bmm(expansion, gathered.permute(1, 2, 0)).flatten(0, 1)
 
 
-def _product_of_columns(expansion: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """``[I, n]`` -> ``[T * V, n]``, likewise."""
+def _product_of_runs(expansion: Tensor, runs: Tensor, starts: Tensor) -> Tensor:
+    """``[., l]`` -> ``[T * V, n]``, likewise: ``starts`` has the runs of each column of each tile, of ``n`` numbers."""
     count, height, p = expansion.shape
-    n = x.shape[1]
-    step = max(GATHER_NUMBERS // (p * n), 1) if x.device.type == "cpu" and n else count
+    own = starts.numel() // count
+    n = own // p * runs.shape[1]
+    step = max(GATHER_NUMBERS // max(p * n, 1), 1) if runs.device.type == "cpu" else count
     if step >= count:
-        return torch.bmm(expansion, x.index_select(0, columns).view(count, p, n)).flatten(0, 1)
-    out = x.new_empty(count, height, n)
+        return torch.bmm(expansion, runs.index_select(0, starts).view(count, p, n)).flatten(0, 1)
+    out = runs.new_empty(count, height, n)
     for first in range(0, count, step):
-        gathered = x.index_select(0, columns[first * p : (first + step) * p]).view(-1, p, n)
+        gathered = runs.index_select(0, starts[first * own : (first + step) * own]).view(-1, p, n)
         torch.bmm(expansion[first : first + step], gathered, out=out[first : first + step])
     return out.flatten(0, 1)
 
@@ -134,11 +140,51 @@ def _transposed_product(expansion: Tensor, grad: Tensor, output_order: Tensor) -
     return torch.matmul(expansion.transpose(1, 2), rows).flatten(1, 2)
 
 
-def _unfold(x: Tensor, operands: Conv2dOperands) -> Tensor:
-    """``[B, C, H, W]`` -> ``[B, C * kh * kw, L]``; a 1 x 1 kernel needs no copy."""
-    if (operands.kernel_height, operands.kernel_width) != (1, 1):
-        return F.unfold(x, **operands.unfolding)
-    high, wide = operands.padding_height, operands.padding_width
-    if (high, wide) != (0, 0):
-        x = F.pad(x, (wide, wide, high, high))
-    return x[:, :, :: operands.stride_height, :: operands.stride_width].flatten(2)
+def _planes(images: Tensor, operands: Conv2dOperands) -> tuple[Tensor, Tensor, int]:
+    """``[B, C, H, W]`` -> ``[B, .]``, of which each column of the unfolded images is a run, so that none is unfolded.
+
+    A channel is a plane of its pixels; with a stride, one for each phase of it that the kernel meets. Also returned are
+    int64 ``[T * P]``, where the run of each kept column starts, and how far apart rows of the output are in a run: what
+    lies between them there is of no use.
+    """
+    columns, size = columns_of_x(operands), images.shape[2:]
+    if set(operands.unfolding.values()) == {(1, 1), (0, 0)}:  # of each channel as it lies
+        return images.contiguous().flatten(1), columns * size.numel(), size[1]
+    axes = zip(size, *operands.unfolding.values(), strict=True)
+    down, across = (_meet(images.device, *axis) for axis in axes)
+    if any((down.before, down.after, across.before, across.after)):
+        images = F.pad(images, (across.before, across.after, down.before, down.after))
+    split = images.unflatten(3, (across.pixels, -1)).unflatten(2, (down.pixels, -1))  # [B, C, H', sh, W', sw]
+    planes = split.permute(0, 1, 3, 5, 2, 4)[:, :, : down.phases, : across.phases].contiguous()
+    plane = down.phase[:, None] * across.phases + across.phase  # [kh, kw]
+    entry = (plane * down.pixels + down.place[:, None]) * across.pixels + across.place
+    channel = torch.arange(images.shape[1], device=images.device) * planes.shape[2:].numel()
+    starts = (channel[:, None] + entry.flatten()).flatten()[columns]
+    return planes.flatten(1), starts, across.pixels
+
+
+class Meeting(NamedTuple):
+    """Which pixels the entries of a kernel meet along one axis, those of each phase of the stride by themselves.
+
+    Args:
+        pixels: of a phase, padding counted.
+        before: padding there.
+        after: likewise, so that all phases have as many.
+        phases: that the kernel meets.
+        phase: int64 ``[k]``, that of each entry.
+        place: int64 ``[k]``, in it, of the pixel that gives the first one of the output.
+    """
+
+    pixels: int
+    before: int
+    after: int
+    phases: int
+    phase: Tensor
+    place: Tensor
+
+
+def _meet(device: torch.device, size: int, kernel: int, dilation: int, padding: int, stride: int) -> Meeting:
+    pixels = -(-(size + 2 * padding) // stride)
+    reach = torch.arange(0, kernel * dilation, dilation, device=device)
+    phases = min(stride, (kernel - 1) * dilation + 1)
+    return Meeting(pixels, padding, pixels * stride - size - padding, phases, reach % stride, reach // stride)
