@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import cost, expand_all, gpu
 from lightning_hinm.ops.cost import Call, Choice
 from lightning_hinm.ops.operands import ACTIVATIONS, activate
-from lightning_hinm.plan import Workload, measure
+from lightning_hinm.plan import Workload, measure, predict
 from tests.ptx import Fault
 from tests.ptx.device import Emulator, emulated, relative_error
 from tests.ptx.mutate import MISTAKES, entry_text, mutants
@@ -262,6 +263,17 @@ def test_a_weight_that_meets_one_pixel_takes_images_channels_last_as_a_linear_la
         )
     assert not {"planes", "transpose"} & set(emulator.launched)
     assert emulator.launched
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=str)
+def test_it_is_predicted_as_that_linear_layer(stride: tuple[int, int]) -> None:
+    pattern, tokens = HiNMPattern(32, 0.5), 3 * -(-7 // stride[0]) * -(-7 // stride[1])
+    image = {"stride": stride, "padding": (0, 0), "dilation": (1, 1)}
+    conv = Workload((64, 40, 1, 1), pattern, (3, 40, 7, 7), torch.float16, torch.device("cpu"), **image)
+    linear = Workload((64, 40), pattern, (tokens, 40), torch.float16, torch.device("cpu"))
+    with emulated():
+        assert predict(replace(conv, channels_last=True)) == predict(linear) != {}
+        assert predict(conv) != predict(linear)
 
 
 @pytest.mark.parametrize("case", [CONVOLUTIONS[2], CONVOLUTIONS[5]], ids=str)

@@ -69,9 +69,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _conv2d(x: Tensor, *operands: Any) -> Tensor:
     conv2d = Conv2dOperands(*operands)
     size = conv2d.check(x)
-    kernels = gpu if _on_kernels(x, conv2d) else product
+    path = gpu if _on_kernels(x, conv2d) else product
     as_linear = conv2d.as_linear(x)
-    return kernels.conv2d(x, conv2d, size) if as_linear is None else kernels.linear(*as_linear).permute(0, 3, 1, 2)
+    return path.conv2d(x, conv2d, size) if as_linear is None else path.linear(*as_linear).permute(0, 3, 1, 2)
 
 
 def _conv2d_fake(x: Tensor, *operands: Any) -> Tensor:

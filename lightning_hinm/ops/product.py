@@ -148,7 +148,7 @@ def _planes(images: Tensor, operands: Conv2dOperands) -> tuple[Tensor, Tensor, i
     lies between them there is of no use.
     """
     columns, size = columns_of_x(operands), images.shape[2:]
-    if set(operands.unfolding.values()) == {(1, 1), (0, 0)}:  # of each channel as it lies
+    if set(operands.unfolding.values()) == {(1, 1), (0, 0)}:  # nothing but padding is 0: each channel is its own run
         return images.contiguous().flatten(1), columns * size.numel(), size[1]
     axes = zip(size, *operands.unfolding.values(), strict=True)
     down, across = (_meet(images.device, *axis) for axis in axes)
@@ -184,6 +184,7 @@ class Meeting(NamedTuple):
 
 
 def _meet(device: torch.device, size: int, kernel: int, dilation: int, padding: int, stride: int) -> Meeting:
+    """Of ``size`` pixels along an axis; the others as for ``F.unfold``."""
     pixels = -(-(size + 2 * padding) // stride)
     reach = torch.arange(0, kernel * dilation, dilation, device=device)
     phases = min(stride, (kernel - 1) * dilation + 1)
