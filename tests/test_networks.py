@@ -96,6 +96,8 @@ LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv1D", "NonDynamicallyQuantizableLine
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_dynamic_graph_computes_the_masked_model_for_all_batch_sizes_above_one(name: str) -> None:
+    if name.startswith("encoder") and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 itself does not compile nn.TransformerEncoderLayer for dynamic sizes")
     torch._dynamo.utils.counters.clear()
     check_batches(name, "eager", (2, 3, 5), dynamic=True)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

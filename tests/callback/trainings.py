@@ -63,10 +63,14 @@ class Tiny(LightningModule):
             self.head = nn.Linear(10, 2)  # smaller than a tile
         self.optimizer, self.settings = optimizer, {"lr": 0.05} | settings
 
-    def loss(self) -> Tensor:
+    @torch.compiler.disable
+    def draw(self) -> Tensor:
         number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         draw = torch.Generator().manual_seed(1000 * number + self.trainer.global_rank)
-        x = torch.randn(8, 16, generator=draw).to(self.device)
+        return torch.randn(8, 16, generator=draw).to(self.device)
+
+    def loss(self) -> Tensor:
+        x = self.draw()
         return (self(x) - x[:, :2].sin()).square().mean()
 
     def forward(self, x: Tensor) -> Tensor:
