@@ -6,12 +6,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 from lightning_hinm.ops import warn_once
 
 os.environ["LIGHTNING_HINM_LAYOUTS"] = "off"  # a search that is tested is a search that runs
+
+# No test asserts a time, not even that of an example: the first one may import, and machines are shared.
+hypothesis.settings.register_profile("lightning-hinm", deadline=None)
+hypothesis.settings.load_profile("lightning-hinm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

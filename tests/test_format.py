@@ -39,7 +39,7 @@ from lightning_hinm.prune import layout_of, prune
 
 SMALL = HiNMPattern(4)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-law = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+law = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 def random_layout(rows: int, in_features: int, pattern: HiNMPattern, generator: torch.Generator) -> HiNMLayout:
@@ -129,7 +129,7 @@ def test_expand_shows_the_kept_vectors_of_each_tile(case: tuple[Tensor, HiNMLayo
     assert torch.equal(expanded, expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(packables())
 def test_values_and_metadata_are_those_of_a_loop_over_the_definition(case: tuple[Tensor, HiNMLayout, int]) -> None:
     weight, layout, groups = case
@@ -612,7 +612,7 @@ def test_a_hostile_file_is_refused_whatever_its_checksums_say(tmp_path: Path, fo
         read(tmp_path / "x")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_header_with_any_of_its_numbers_and_words_replaced_never_crashes(tmp_path: Path, data: st.DataObject) -> None:
     write_file(contents(), tmp_path / "x")

@@ -187,7 +187,7 @@ def test_every_height_of_a_tile_runs(vector_size: int, kernel: str) -> None:
         check_linear(packed, numbers(10, 72, dtype=torch.float16), None)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(4, 300),

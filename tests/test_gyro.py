@@ -49,7 +49,7 @@ def structured(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 # --- laws -------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(patterns(), saliencies(), st.integers(0, 99))
 def test_exchange_retains_at_least_gyro_and_gyro_at_least_identity(pattern, saliency, seed):
     values = []
@@ -70,7 +70,7 @@ def test_exchange_alone_retains_at_least_identity_where_the_papers_loop_does_not
     assert value(saliency, gyro_permute(saliency, pattern)) > base
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(patterns(), saliencies(), st.sampled_from(["gyro", "exchange"]))
 def test_the_same_generator_gives_the_same_layout(pattern, saliency, method):
     one, two = (gyro_permute(saliency, pattern, method=method, generator=seeded(7)) for _ in range(2))
@@ -78,14 +78,14 @@ def test_the_same_generator_gives_the_same_layout(pattern, saliency, method):
     assert torch.equal(one.vector_index, two.vector_index)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(patterns(), saliencies())
 def test_the_value_reported_is_the_value_of_the_mask(pattern, saliency):
     result = search(saliency, pattern)
     assert result.retained == result.layout.retained == value(saliency, result.layout)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(patterns(), saliencies())
 def test_a_fixed_output_order_stays_and_vectors_come_from_within(pattern, saliency):
     rows = saliency.shape[0]
@@ -641,7 +641,7 @@ def matrices_of_one_height(draw):
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(matrices_of_one_height(), st.sampled_from(["gyro", "exchange"]), st.integers(0, 99))
 def test_a_shared_order_is_legal_everywhere_and_never_worse_than_identity_for_the_sum(case, method, seed):
     found = search_shared(*case, method=method, generator=seeded(seed))
@@ -658,7 +658,7 @@ def test_a_shared_order_is_legal_everywhere_and_never_worse_than_identity_for_th
         assert torch.equal(one.layout.vector_index, two.layout.vector_index)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(patterns(), saliencies(), st.sampled_from(["identity", "gyro", "exchange"]))
 def test_a_set_of_one_is_the_plain_search(pattern, saliency, method):
     generators = [seeded(3), seeded(3)]

@@ -41,7 +41,7 @@ def names(model: nn.Module, **arguments: object) -> list[str]:
 # --- prune ------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(patterns(), st.integers(1, 20), st.integers(1, 40), st.integers(0, 99))
 def test_what_is_left_is_exactly_the_pattern_of_the_layout(pattern, rows, columns, seed):
     model = nn.Linear(columns, rows)

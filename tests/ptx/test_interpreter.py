@@ -163,7 +163,7 @@ def edge_values(bits: int) -> st.SearchStrategy[int]:
 @pytest.mark.parametrize(
     ("line", "out", "bits", "oracle"), INTEGER, ids=lambda value: value if isinstance(value, str) else ""
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_integer_instructions_agree_with_python(
     line: str, out: int, bits: tuple[int, ...], oracle: Ints, data: st.DataObject
