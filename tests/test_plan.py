@@ -104,6 +104,12 @@ def test_both_sides_are_timed_on_images_as_they_lie(last: bool, monkeypatch: pyt
     assert set(seen) == {last}
 
 
+def test_what_else_the_machine_does_now_and_then_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.cycle((2.0, 9.0, 8.0, 1.0, 9.0, 9.0))  # dense, sparse, dense, ...
+    monkeypatch.setattr("lightning_hinm.plan._seconds", lambda call, device: next(seconds))
+    assert measure(Workload((24, 20), PATTERN, (5, 20), torch.float32, CPU)) == (2.0, 1.0)
+
+
 def test_a_measurement_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     measure(Workload((24, 20), PATTERN, (3, 20), torch.float32, CPU))
