@@ -98,6 +98,7 @@ def guard(source: Any, module: nn.Module, attribute: str | None = None) -> None:
     """
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import AttrSource, LocalSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
     if attribute is not None and attribute not in module.__dict__:
         absent = functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=attribute)
@@ -107,7 +108,9 @@ def guard(source: Any, module: nn.Module, attribute: str | None = None) -> None:
     install_guard(exact.make_guard(GuardBuilder.ID_MATCH))
     while hasattr(source, "base"):
         source = source.base
-    if isinstance(source, LocalSource):
+    # Not if it is the tuple of a ``*args``, as a decorated forward has one: that is another at each call.
+    local_scope = InstructionTranslator.current_tx().output.local_scope
+    if isinstance(source, LocalSource) and isinstance(local_scope.get(source.local_name), nn.Module):
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 

@@ -1,6 +1,7 @@
 """torch.compile(model, backend="hinm"): the result of the dense masked model, whatever happens to its weights."""
 
 import copy
+import functools
 import gc
 import logging
 import subprocess
@@ -501,8 +502,8 @@ def test_inductor_hands_images_from_convolution_to_convolution_as_they_lie(monke
         taken.append(x.is_contiguous())
         return linear(x, *operands)
 
-    linear = lightning_hinm.ops.product.linear
-    monkeypatch.setattr("lightning_hinm.ops.product.linear", record)
+    linear = lightning_hinm.ops.cpu.linear
+    monkeypatch.setattr("lightning_hinm.ops.cpu.linear", record)
     model = separable()
     with torch.inference_mode():
         assert_same(compiled(model, "inductor"), model, torch.randn(2, 3, 12, 12), calls=2)
@@ -607,6 +608,23 @@ def test_converted_models_of_one_class_each_have_their_own_graph() -> None:
         for _ in range(2):
             for function, model in zip(functions, models, strict=True):
                 assert_same(function, model, x, calls=3)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_forward_behind_a_decorator_is_compiled_once(converted: bool) -> None:
+    def decorated(*args: Any, **kwargs: Any) -> Tensor:
+        return nn.Sequential.forward(*args, **kwargs)
+
+    class Decorated(nn.Sequential):
+        forward = functools.wraps(nn.Sequential.forward)(decorated)
+
+    model, x = pruned(Decorated(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))), torch.randn(3, 16)
+    function = compiled(to_hinm(model) if converted else model)
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        for _ in range(3):
+            assert_same(function, model, x, calls=2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_copy_of_a_compiled_converted_model_is_a_model_of_its_own() -> None:
