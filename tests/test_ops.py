@@ -10,8 +10,17 @@ from torch._subclasses import FakeTensorMode
 
 from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack, unpack
 from lightning_hinm.format import HiNMWeight, random_weight
+from lightning_hinm.kernels import host
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import expand_all
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the product that is compiled for the CPU, and without it."""
+    if request.param == "torch":
+        monkeypatch.setenv(host.SWITCH, "off")
+
 
 PATTERNS = [
     HiNMPattern(vector_size=8),

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_hinm import cache
 from lightning_hinm.layout import HiNMLayout, check_layout
 from lightning_hinm.pattern import HiNMPattern
 
@@ -43,16 +43,7 @@ class Entry:
 
 def folder() -> Path | None:
     """Where entries lie, or None if the cache is switched off."""
-    setting = os.environ.get(SWITCH, "")
-    if setting.lower() == "off":
-        return None
-    if setting:
-        return Path(setting)
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    except RuntimeError:  # nobody's home
-        return None
-    return base / "lightning-hinm" / "layouts"
+    return cache.folder("layouts", SWITCH)
 
 
 def key_of(patterns: Sequence[HiNMPattern], method: str, groups: int, tensors: dict[str, Tensor | None]) -> str | None:
@@ -112,21 +103,11 @@ def write(key: str, entry: Entry) -> None:
     tensors = {"output_order": layout.output_order.to(torch.int32), "vector_index": layout.vector_index.to(torch.int32)}
     numbers = {"retained": repr(entry.retained), "gap_closed": repr(entry.gap_closed)}
     data = save({**tensors, "generator": entry.generator}, numbers)
-    temporary = None
     try:
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, temporary = tempfile.mkstemp(dir=place, suffix=".part")  # only the user may read it
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(temporary, place / f"{key}.safetensors")
-        temporary = None
+        cache.write(place / f"{key}.safetensors", data)
         _make_room(place)
     except OSError as error:
         log.warning("%s takes no layout (%s): the search will run again. %s=off says nothing.", place, error, SWITCH)
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                os.unlink(temporary)
 
 
 def forget(key: str) -> None:

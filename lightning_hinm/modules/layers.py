@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_hinm.format import HiNMWeight, check_packed, unpack
-from lightning_hinm.ops import EXPANDED, expand_all, hinm_conv2d, hinm_linear, no_kernel
+from lightning_hinm.ops import EXPANDED, expand_all, form_of, hinm_conv2d, hinm_linear, holds_positions
 from lightning_hinm.pattern import from_matrix, layer_kind
 
 PACKED_TENSORS = ("values", "metadata", "vector_index", "output_order")
@@ -79,6 +79,13 @@ class HiNMLayer(nn.Module):
         return {name: tensor for name in EXPANDED if (tensor := self._buffers[name]) is not None}
 
     @property
+    def _form(self) -> str:
+        """Of what is decoded, as ``ops.form_of`` names it."""
+        if self.expansion_metadata is not None:
+            return "fragments"
+        return "positions" if holds_positions(self.expansion) else "tiles"
+
+    @property
     def operands(self) -> tuple[Tensor | None, ...]:
         """The op's tensors after ``x``."""
         names = (*PACKED_TENSORS, "bias", *EXPANDED)
@@ -133,8 +140,8 @@ class HiNMLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Unpickled on another kind of device than it was pickled on.
-        if not self.values.is_meta and (self.expansion_metadata is not None) != (no_kernel(self.packed) is None):
+        # Unpickled where something else runs than where it was pickled.
+        if not self.values.is_meta and self._form != form_of(self.packed):
             with torch.inference_mode(False), torch.no_grad():
                 self._buffers.update(expand_all(self.packed, groups=self.groups))
 
@@ -262,7 +269,10 @@ class HiNMConv2d(HiNMLayer):
 
 
 def _same_layout(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None]) -> bool:
-    """Whether nothing has changed that a graph may have worked into the numbers of other layers."""
+    """Whether the same is decoded, and nothing has changed that a graph may have worked into the numbers of others."""
+    sizes = [[None if (t := of[name]) is None else (t.dtype, t.shape) for name in EXPANDED] for of in (before, after)]
+    if sizes[0] != sizes[1]:
+        return False
     return all(torch.equal(before[name], after[name]) for name in ("columns", "restore"))  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_hinm import kernels
-from lightning_hinm.ops import gpu, product
+from lightning_hinm.ops import cpu, gpu, product
 from lightning_hinm.ops.operands import (
     EXPANDED,
     TENSORS,
@@ -16,12 +16,22 @@ from lightning_hinm.ops.operands import (
     cast,
     expand_all,
     expanded_bytes,
+    form_of,
+    holds_positions,
     new_images,
-    no_kernel,
     warn_once,
 )
 
-__all__ = ["EXPANDED", "expand_all", "expanded_bytes", "hinm_conv2d", "hinm_linear", "no_kernel", "warn_once"]
+__all__ = [
+    "EXPANDED",
+    "expand_all",
+    "expanded_bytes",
+    "form_of",
+    "hinm_conv2d",
+    "hinm_linear",
+    "holds_positions",
+    "warn_once",
+]
 
 _LIBRARY = torch.library.Library("hinm", "DEF")
 _TENSORS = (
@@ -40,15 +50,17 @@ _LIBRARY.define(
 )
 
 
-def _on_kernels(x: Tensor, operands: Operands) -> bool:
-    """Whether the weight is in the kernels' order, and still on a device that runs them."""
-    return operands.expansion_metadata is not None and kernels.refusal(x.device) is None
+def _path(x: Tensor, operands: Operands) -> Any:
+    """The module that runs a weight as it was decoded, on the device where it is by now."""
+    if operands.expansion_metadata is not None and kernels.refusal(x.device) is None:
+        return gpu
+    return cpu if cpu.takes(x, operands) else product
 
 
 def _linear(x: Tensor, *operands: Any) -> Tensor:
     linear = LinearOperands(*operands)
     linear.check(x)
-    return gpu.linear(x, linear) if _on_kernels(x, linear) else product.linear(x, linear)
+    return _path(x, linear).linear(x, linear)
 
 
 def _linear_fake(x: Tensor, *operands: Any) -> Tensor:
@@ -69,8 +81,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _conv2d(x: Tensor, *operands: Any) -> Tensor:
     conv2d = Conv2dOperands(*operands)
     size = conv2d.check(x)
-    path = gpu if _on_kernels(x, conv2d) else product
-    as_linear = conv2d.as_linear(x)
+    path, as_linear = _path(x, conv2d), conv2d.as_linear(x)
     return path.conv2d(x, conv2d, size) if as_linear is None else path.linear(*as_linear).permute(0, 3, 1, 2)
 
 

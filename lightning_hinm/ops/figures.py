@@ -8,16 +8,14 @@ A file that makes no sense is passed over, and that is said once.
 import functools
 import json
 import math
-import os
 import re
-import tempfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from lightning_hinm import cache
 from lightning_hinm.ops.operands import warn_once
 
 SWITCH = "LIGHTNING_HINM_GPUS"
@@ -75,16 +73,7 @@ def save_gpu(found: Gpu, device_name: str) -> Path | None:
     path = _path(device_name)
     if path is None:
         return None
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")  # only the user may read it
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(asdict(found), file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    cache.write(path, json.dumps(asdict(found), indent=1).encode())
     load_gpu.cache_clear()
     return path
 
@@ -110,16 +99,12 @@ def load_gpu(device_name: str) -> Gpu | None:
 
 
 def _path(device_name: str) -> Path | None:
-    setting = os.environ.get(SWITCH, "")
-    if setting.lower() == "off":
-        return None
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning-hinm" / "gpus"
-    except RuntimeError:  # nobody's home
+    place = cache.folder("gpus", SWITCH)
+    if place is None:
         return None
     try:
         release = version("lightning-hinm")
     except PackageNotFoundError:  # run from its source
         release = "source"
     name = re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-")
-    return (Path(setting) if setting else base) / f"{name}-{release}.json"
+    return place / f"{name}-{release}.json"

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from lightning_hinm import kernels
-from lightning_hinm.format import HiNMWeight, expand
+from lightning_hinm.format import HiNMWeight, expand, unpack_positions
+from lightning_hinm.kernels import host
 from lightning_hinm.layout import inverse, is_in_order
 from lightning_hinm.ops.fragments import arrange, padded_kept, refusal, tile_rows
 from lightning_hinm.pattern import HiNMPattern
@@ -179,10 +180,17 @@ def groups_of(operands: Operands) -> int:
 
 def tiles(operands: Operands) -> Tensor:
     """The dense expansion that was passed, else decoded now. ``[T, V, P]``."""
-    if operands.expansion is not None and operands.expansion_metadata is None:
-        return operands.expansion
-    decoded = expand(operands.packed)
-    return decoded if operands.expansion is None else decoded.to(operands.expansion.dtype)  # which autocast may cast
+    expansion = operands.expansion
+    if expansion is None or holds_positions(expansion):
+        return expand(operands.packed)
+    if operands.expansion_metadata is None:
+        return expansion
+    return expand(operands.packed).to(expansion.dtype)  # which autocast may cast
+
+
+def holds_positions(expansion: Tensor) -> bool:
+    """Whether an expansion is what the compiled product of a CPU reads beside the values, not the values themselves."""
+    return expansion.dtype == torch.uint8
 
 
 def columns_of_x(operands: Operands) -> Tensor:
@@ -206,6 +214,31 @@ def no_kernel(packed: HiNMWeight) -> str | None:
     return kernels.refusal(device) or refusal(packed.pattern, in_features, packed.values.dtype)
 
 
+def form_of(packed: HiNMWeight) -> str:
+    """What ``expand_all`` makes of a packed weight; where the best is not to be had, a warning says so once.
+
+    ``"fragments"`` for GPU kernels, ``"positions"`` for the product that is compiled for the CPU, else ``"tiles"``.
+    """
+    values, pattern = packed.values, packed.pattern
+    if values.is_meta:
+        return "tiles"
+    reason = no_kernel(packed)
+    if reason is None:
+        return "fragments"
+    if values.device.type == "cuda":
+        warn_once(f"hinm: no kernel for a packed layer: {reason}. It gathers and calls a dense product instead.")
+    taken = values.dtype in host.ENTRIES and pattern.n < pattern.m and host.held(pattern.m) > 0
+    if values.device.type != "cpu" or not taken:
+        return "tiles"
+    reason = host.refusal()
+    if reason is not None and not host.is_off():
+        warn_once(
+            f"hinm: sparse layers run slowly on this CPU: {reason}. Install a C++ compiler with OpenMP, or set "
+            f"{host.SWITCH}=off to say that this is meant."
+        )
+    return "positions" if reason is None else "tiles"
+
+
 def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | None]:
     """What the ops need of a packed weight, decoded for its device: cached by the layers, and passed as operands.
 
@@ -213,23 +246,29 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
     None. Everywhere else it is None, and the others are:
 
     Returns:
-        ``expansion``, ``[T, V, P]``; ``columns``, int64 ``[T * P]``, the column of ``x`` that each kept vector
-        multiplies; ``restore``, int64 ``[O]``, the row of the product that each output channel is, or empty where the
-        rows are packed in the order of the channels.
+        ``expansion``, ``[T, V, P]``, or where the product is compiled for the CPU uint8 ``[O, K]``, the place of each
+        value among the kept vectors that are gathered with its own (``kernels.host.held``); ``columns``, int64
+        ``[T * P]``, the column of ``x`` that each kept vector multiplies; ``restore``, int64 ``[O]``, the row of the
+        product that each output channel is, or empty where the rows are packed in the order of the channels.
     """
-    in_features, values = math.prod(packed.shape[1:]), packed.values
-    if not values.is_meta:
-        reason = no_kernel(packed)
-        if reason is None:
-            if values.device.type == "cuda":
-                kernels.prepare(values.device)  # now: while a CUDA graph is captured, nothing can be loaded
-            return dict(zip(EXPANDED, arrange(packed), strict=True))
+    in_features, values, form = math.prod(packed.shape[1:]), packed.values, form_of(packed)
+    if form == "fragments":
         if values.device.type == "cuda":
-            warn_once(f"hinm: no kernel for a packed layer: {reason}. It gathers and calls a dense product instead.")
+            kernels.prepare(values.device)  # now: while a CUDA graph is captured, nothing can be loaded
+        return dict(zip(EXPANDED, arrange(packed), strict=True))
     columns = decode_columns(packed.vector_index, in_features, packed.pattern.m, groups)
     order = packed.output_order.to(torch.int64)
     restore = order.new_empty(0) if is_in_order(packed.output_order) else inverse(order)
-    return dict(zip(EXPANDED, (expand(packed), None, columns, restore), strict=True))
+    expansion = decode_positions(packed) if form == "positions" else expand(packed)
+    return dict(zip(EXPANDED, (expansion, None, columns, restore), strict=True))
+
+
+def decode_positions(packed: HiNMWeight) -> Tensor:
+    """The place of each value among the kept vectors that a tile gathers at a time: uint8 ``[O, K]``."""
+    m = packed.pattern.m
+    groups = packed.vector_index.shape[1] // m
+    first = torch.arange(groups, device=packed.metadata.device) % (host.held(m) // m) * m
+    return (unpack_positions(packed) + first.to(torch.uint8).unsqueeze(1)).flatten(1)
 
 
 @functools.cache
@@ -242,12 +281,13 @@ def expanded_bytes(packed: HiNMWeight) -> int:
     """Bytes of what ``expand_all`` makes of a matrix or of a convolution's weight, without making it."""
     pattern, in_features, values = packed.pattern, math.prod(packed.shape[1:]), packed.values
     rows = packed.vector_index.shape[0] * pattern.vector_size
-    if no_kernel(packed) is None:
+    form = form_of(packed)
+    if form == "fragments":
         kept = padded_kept(pattern, in_features)
         return rows * kept * 9 // 8 + rows // tile_rows(pattern) * kept * 2 + rows * 4
-    kept = packed.vector_index.shape[1]
     restore = 0 if is_in_order(packed.output_order) else packed.shape[0] * 8
-    return rows * kept * values.element_size() + packed.vector_index.numel() * 8 + restore
+    numbers = values.numel() if form == "positions" else rows * packed.vector_index.shape[1] * values.element_size()
+    return numbers + packed.vector_index.numel() * 8 + restore
 
 
 def decode_columns(vector_index: Tensor, in_features: int, m: int, groups: int = 1) -> Tensor:
@@ -271,14 +311,18 @@ def cast(operands: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     def lower(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
-    values = lower(values) if expansion is None else values
-    return values, metadata, vector_index, output_order, lower(bias), lower(expansion), *rest
+    if expansion is None or holds_positions(expansion):
+        values = lower(values)
+    else:
+        expansion = lower(expansion)
+    return values, metadata, vector_index, output_order, lower(bias), expansion, *rest
 
 
 def _check_kind(op: str, x: Tensor, operands: Operands) -> None:
     if operands.activation not in ACTIVATIONS:
         raise ValueError(f"hinm::{op}: activation={operands.activation!r} must be one of {', '.join(ACTIVATIONS)}.")
-    weight = operands.values if operands.expansion is None else operands.expansion
+    decoded = operands.expansion
+    weight = operands.values if decoded is None or holds_positions(decoded) else decoded
     if x.dtype != weight.dtype:
         raise TypeError(
             f"hinm::{op}: x is {x.dtype}, but the packed weight is {weight.dtype}. Cast x, or convert the layer with "

@@ -1,4 +1,4 @@
-"""The kernels, for any device: gather the kept columns of each tile, one batched product, rows back in their order.
+"""The ops on any device, by torch alone: gather the kept columns, one batched product, rows back in their order.
 
 Shapes: O rows, I columns (of one group in a grouped convolution), T tiles of V rows, P kept columns of a tile, N
 tokens; B images of L output pixels.
@@ -60,7 +60,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     bias = None if operands.bias is None else operands.bias[:, None, None]
     new = new_images(x, rows, height, width)
     out = new if x.dim() == 4 else new.unsqueeze(0)
-    planes, starts, pitch = _planes(x.reshape(-1, *x.shape[-3:]), operands)
+    planes, starts, pitch = planes_of(x.reshape(-1, *x.shape[-3:]), operands)
     step = _tokens_at_once(expansion, out.shape[0] * height * pitch)
     images_step, rows_step = max(step // (height * pitch), 1), min(max(step // pitch, 1), height)
     for first in range(0, out.shape[0], images_step):
@@ -140,7 +140,7 @@ def _transposed_product(expansion: Tensor, grad: Tensor, output_order: Tensor) -
     return torch.matmul(expansion.transpose(1, 2), rows).flatten(1, 2)
 
 
-def _planes(images: Tensor, operands: Conv2dOperands) -> tuple[Tensor, Tensor, int]:
+def planes_of(images: Tensor, operands: Conv2dOperands) -> tuple[Tensor, Tensor, int]:
     """``[B, C, H, W]`` -> ``[B, .]``, of which each column of the unfolded images is a run, so that none is unfolded.
 
     A channel is a plane of its pixels; with a stride, one for each phase of it that the kernel meets. Also returned are
