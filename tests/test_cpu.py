@@ -149,14 +149,23 @@ def test_numbers_that_are_not_finite_come_through(tokens: int, dtype: torch.dtyp
     assert found[1:-1].isfinite().all()
 
 
-def test_bfloat16_is_rounded_to_the_nearest() -> None:
-    pattern = HiNMPattern(vector_size=4, vector_sparsity=0.0)
-    packed = weight((64, 32), pattern, torch.bfloat16)
-    for tokens in (3, 40):
-        x = numbers(tokens, 32, dtype=torch.bfloat16)
-        exact = F.linear(x.double(), unpack(packed).double())
-        found = hinm_linear(x, *arguments(packed, None, 32))
-        assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()  # half of the last of 8 bits
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_bfloat16_is_rounded_as_torch_rounds_it(tokens: int) -> None:
+    packed = weight((64, 4), HiNMPattern(vector_size=4, vector_sparsity=0.0), torch.bfloat16)
+    packed.values.fill_(1.0)
+    x = (numbers(tokens, 4) * 2).exp2().to(torch.bfloat16)
+    x[::2] = torch.tensor([1.0, 2**-8, 1 + 2**-7, 3 * 2**-8])  # two of which make ties, to either side
+    sums = F.linear(x.float(), unpack(packed).float())  # of two numbers, so that no order of adding counts
+    assert torch.equal(hinm_linear(x, *arguments(packed, None, 4)), sums.to(torch.bfloat16))
+
+
+def test_threads_gather_each_for_itself() -> None:
+    packed = weight((1024, 256), HiNMPattern(vector_size=8), torch.float32)
+    for tokens in (4, 40):
+        x = numbers(tokens, 256)
+        expected = F.linear(x.double(), unpack(packed).double())
+        for _ in range(20):
+            assert_close(hinm_linear(x, *arguments(packed, None, 256)), expected)
 
 
 def test_the_product_by_torch_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:

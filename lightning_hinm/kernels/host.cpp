@@ -74,10 +74,10 @@ template <class T> inline vec load(const T* x, int count) {
   return load(some);
 }
 inline void store(float* x, vec v) { *(loose_vec*)x = v; }
-inline void store(bfloat16* x, vec v) {  // to the nearest, ties to even; not a number stays so
-  const words bits = (words)v, nan = (words)(v != v);
-  const words near = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  *(loose_halves*)x = __builtin_convertvector((near & ~nan) | (0x7fc0 & nan), halves);
+inline void store(bfloat16* x, vec v) {  // to the nearest, ties to even
+  // What is not a number stays so: made of bfloat16, its last 16 bits are zero, and nothing is carried.
+  const words bits = (words)v;
+  *(loose_halves*)x = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
 }
 template <class T> inline void store(T* x, vec v, int count) {
   if (count >= LANES) return store(x, v);
@@ -376,8 +376,8 @@ template <class T> int run(const Call<T>& call) {
   for (int64_t i = 0; call.restore && i < call.rows; i++) outside |= uint64_t(call.restore[i]) >= uint64_t(call.rows);
   if (outside) return 2;
 #if !defined(__clang__)
-  // Then LANES values belong to whole groups, and a position tells a lane of two registers.
-  const bool halved = 2 * call.taken == call.kept && LANES % call.group_taken == 0 && call.held % (2 * LANES) == 0;
+  // Then LANES values are those of whole groups, and `held`, 64, is a multiple of what two registers hold.
+  const bool halved = 2 * call.taken == call.kept && LANES % call.group_taken == 0;
   const bool whole = call.images == 1 && (call.pitch == call.width || call.tokens <= call.width);
   if (halved && whole && call.tokens <= FEW) return run_few(call) ? 0 : 3;
 #endif
