@@ -170,14 +170,19 @@ def test_who_switches_it_off_is_not_warned(
     assert not place.exists()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_layer_that_was_decoded_for_it_runs_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = layer(), torch.randn(5, 32)
     assert model.expansion.dtype == torch.uint8
     expected = model(x)
-    monkeypatch.setenv(host.SWITCH, "off")
-    torch.testing.assert_close(model(x), expected)
-    monkeypatch.setattr(host, "_library", lambda: "no C++ compiler")
-    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+    with monkeypatch.context() as context:
+        context.setenv(host.SWITCH, "off")
+        torch.testing.assert_close(model(x), expected)
+    monkeypatch.setattr(host, "_library", lambda: "there is no C++ compiler")
+    with pytest.warns(UserWarning, match="decoded anew at each call, because there is no C\\+\\+ compiler"):
+        torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), expected)  # and says so once
+    with pytest.raises(RuntimeError, match="there is no C\\+\\+ compiler"):
         host.launch(x)
 
 

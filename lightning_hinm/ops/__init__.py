@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_hinm import kernels
+from lightning_hinm.kernels import host
 from lightning_hinm.ops import cpu, gpu, product
 from lightning_hinm.ops.operands import (
     EXPANDED,
@@ -54,7 +55,14 @@ def _path(x: Tensor, operands: Operands) -> Any:
     """The module that runs a weight as it was decoded, on the device where it is by now."""
     if operands.expansion_metadata is not None and kernels.refusal(x.device) is None:
         return gpu
-    return cpu if cpu.takes(x, operands) else product
+    if operands.expansion is None or not holds_positions(operands.expansion):
+        return product
+    reason = cpu.refusal(x)
+    if reason is not None and not host.is_off():
+        warn_once(
+            f"hinm: packed layers are decoded anew at each call, because {reason}. Convert the model where it runs."
+        )
+    return cpu if reason is None else product
 
 
 def _linear(x: Tensor, *operands: Any) -> Tensor:

@@ -14,17 +14,17 @@ from lightning_hinm.ops.operands import (
     Operands,
     activate,
     columns_of_x,
-    holds_positions,
     new_images,
     restored_rows,
 )
 from lightning_hinm.ops.product import planes_of
 
 
-def takes(x: Tensor, operands: Operands) -> bool:
-    """Whether the weight was decoded for the compiled product, and this process has it."""
-    decoded = operands.expansion is not None and holds_positions(operands.expansion)
-    return decoded and x.device.type == "cpu" and x.dtype in host.ENTRIES and host.refusal() is None
+def refusal(x: Tensor) -> str | None:
+    """Why the compiled product does not take an input of a weight that was decoded for it, without a full stop."""
+    if x.device.type != "cpu" or x.dtype not in host.ENTRIES:
+        return f"they were decoded for a CPU, and x is {x.dtype} on {x.device}"
+    return host.refusal()
 
 
 def linear(x: Tensor, operands: LinearOperands) -> Tensor:

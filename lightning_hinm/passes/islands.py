@@ -44,9 +44,9 @@ def feature_major_islands_pass(gm: fx.GraphModule) -> fx.GraphModule:
 
     Equal, because ``feature_major`` says how the result lies in memory and not what it is; elementwise functions keep
     the strides of what they take, and the op reads any. So nothing is transposed inside an island, and a transpose
-    stands at most at its edges, inside the ops there. On a CPU every island pays: what is gathered are whole runs of
-    memory, and the rows of a tile are written as the product has them. On a GPU the kernels' predicted times say which
-    of them do.
+    stands at most at its edges, inside the ops there. On a CPU every island is taken: the rows of a tile are written as
+    the product has them, and gathered as whole runs of memory. On a GPU the kernels' predicted times say which of them
+    pay.
 
     Args:
         gm: sparsified; rewritten in place.
