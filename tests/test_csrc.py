@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from csrc import build
+from lightning_hinm.kernels import host
 from tests.ptx.device import shipped
 
 MANIFEST: dict[str, Any] = json.loads((build.PTX / "manifest.json").read_text())
@@ -119,7 +120,7 @@ def test_the_description_of_entries_is_what_the_manifest_says() -> None:
         assert {**MANIFEST["entries"][name], **described} == MANIFEST["entries"][name], name
 
 
-def test_the_wheel_holds_every_text(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_text_and_source(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, cwd=build.SOURCES.parent)
     (wheel,) = tmp_path.glob("*.whl")
@@ -128,3 +129,4 @@ def test_the_wheel_holds_every_text(tmp_path: Path) -> None:
             content = archive.read(f"lightning_hinm/ptx/{text['file']}")
             assert hashlib.sha256(content).hexdigest() == text["sha256"]
         assert json.loads(archive.read("lightning_hinm/ptx/manifest.json")) == MANIFEST
+        assert archive.read("lightning_hinm/kernels/host.cpp") == host.SOURCE.read_bytes()
