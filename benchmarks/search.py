@@ -1,13 +1,15 @@
 """The permutation search: what it retains, in what time and memory.
 
     python -m benchmarks.search                   all parts, JSON and plot (about half an hour on two cores)
-    python -m benchmarks.search rows all          some parts: rows, all, gaps, large, growth, tiny, plot
+    python -m benchmarks.search rows all          some parts: rows, all, gaps, large, growth, tiny, ranks, plot
 
 rows    layer 2 of MiniLM against the paper's loop and a plain prototype: retained, seconds, memory, moves per second
 all     the 36 encoder matrices of MiniLM, V = 64, 75 %, and how much sooner the default has what gyro ends with
 gaps    the gap closed over patterns and windows: the default on all 36 matrices, the prototype on every ninth case
 large   larger layers, of random numbers with a spread of rows and columns
 growth  seconds of one round of each kind, by size
+tiny    how far from the optimum, where all layouts can be tried
+ranks   the callback on the 36 matrices in one process and in two of Lightning's DDP
 plot    retained against the time budget
 
 Saliency is the magnitude. Nothing is read from or written to the cache on disk.
@@ -35,6 +37,7 @@ from torch import Tensor
 from benchmarks.cpu import commit
 from benchmarks.optimum import best_retained
 from benchmarks.prototype import prototype
+from benchmarks.ranks import search_by_ranks
 from lightning_hinm import HiNMPattern, hinm_mask
 from lightning_hinm.gyro import SearchResult, exchange, problem, search
 from lightning_hinm.mask import choose_vectors, retained
@@ -273,6 +276,16 @@ def seconds_of(call: Callable[..., Any], *arguments: Any) -> float:
     return statistics.median(times)
 
 
+def part_ranks(matrices: dict[str, Tensor]) -> list[Row]:
+    rows = [search_by_ranks(matrices, HiNMPattern(64, 0.5, window=None), ranks) for ranks in (1, 2)]
+    one, two = rows
+    same = "the same" if one["masks_crc32"] == two["masks_crc32"] else "other"
+    print(f"the callback on {len(matrices)} matrices, one thread a process: {one['seconds']:.1f} s in one process, "
+          f"{two['seconds']:.1f} s in two, {one['seconds'] / two['seconds']:.2f} times sooner, "
+          f"{same} masks")  # fmt: skip
+    return rows
+
+
 def part_plot(matrices: dict[str, Tensor]) -> list[Row]:
     """What each method retains when it is stopped after a time."""
     rows = []
@@ -322,7 +335,7 @@ def draw_plot(rows: list[Row], path: Path) -> None:
 
 
 PARTS = {"rows": part_rows, "all": part_all, "gaps": part_gaps, "large": part_large, "growth": part_growth,
-         "tiny": part_tiny, "plot": part_plot}  # fmt: skip
+         "tiny": part_tiny, "ranks": part_ranks, "plot": part_plot}  # fmt: skip
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch import fx, nn
 from lightning_hinm.backend import sparsify_graph
 from lightning_hinm.format import HiNMWeight, pack
 from lightning_hinm.layout import is_in_order
-from lightning_hinm.ops import expanded_bytes, hinm_conv2d, hinm_linear
+from lightning_hinm.ops import expanded_bytes, form_of, hinm_conv2d, hinm_linear
 from lightning_hinm.passes import find_calls, find_layer_calls, orders_of
 from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind, plain_name
@@ -191,7 +191,8 @@ def _decide_layer(
         held = packed.nbytes + expanded_bytes(packed) if decision.path == "sparse" else plan.dense_bytes
         plan = replace(plan, path=decision.path, reason=won, bytes=held)
     order = "in order" if plan.path == "sparse" and is_in_order(packed.output_order) else None
-    return replace(plan, decision=decision, order=order)
+    product = {"positions": "compiled", "tiles": "torch"}.get(form_of(packed))
+    return replace(plan, decision=decision, order=order, product=product)
 
 
 def _identity(module: nn.Module) -> int:

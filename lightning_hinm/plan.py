@@ -107,6 +107,7 @@ class LayerPlan:
         calls: in one forward on the inputs given; None without inputs.
         measured_seconds: of all these calls inside the model as it stands.
         converted: whether the model as it stands runs the layer packed.
+        product: of a layer that no GPU kernel takes: ``"compiled"`` for the CPU, or ``"torch"``.
     """
 
     name: str
@@ -123,12 +124,13 @@ class LayerPlan:
     calls: int | None = None
     measured_seconds: float | None = None
     converted: bool = False
+    product: str | None = None
 
     @property
     def kernel(self) -> str | None:
-        """The GPU kernel that runs it, and the roof that should bind it; None where none does."""
+        """The GPU kernel that runs it, and the roof that should bind it; else the product of a sparse layer."""
         if self.decision is None or self.path not in self.decision.predicted:
-            return None
+            return self.product if self.path == "sparse" else None
         chosen = self.decision.predicted[self.path]
         return ", ".join(dict.fromkeys(f"{choice.kernel} ({choice.roof})" for choice in chosen))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_hinm.backend
 from lightning_hinm import HiNMPattern, explain, prune, to_hinm
+from lightning_hinm.kernels import host
 from lightning_hinm.layout import is_in_order
 from lightning_hinm.ops import hinm_linear
 from lightning_hinm.passes.sparsify import operand
@@ -73,6 +74,15 @@ def test_every_layer_is_listed_with_path_reason_bytes_and_times(
     assert table[0].split()[:4] == ["layer", "kind", "shape", "pattern"]
     assert "no layout" in table[4]
     assert table[5].split() == ["total", f"{plan.dense_bytes:,}", f"{plan.bytes:,}"]
+
+
+def test_the_product_that_runs_a_layer_on_the_cpu_is_named(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse_wins(monkeypatch)
+    assert [layer.kernel for layer in explain(net).layers] == ["compiled"] * 3 + [None]
+    monkeypatch.setenv(host.SWITCH, "off")
+    assert [layer.kernel for layer in explain(net).layers] == ["torch"] * 3 + [None]
+    sparse_wins(monkeypatch, by=0.5)
+    assert [layer.kernel for layer in explain(net).layers] == [None] * 4
 
 
 def test_a_losing_layer_stays_dense_with_its_bytes(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
