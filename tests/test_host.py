@@ -117,6 +117,11 @@ def test_a_compiler_that_fails_is_quoted(place: Path, tmp_path: Path, monkeypatc
     assert kept(place) == [], "nothing half done is left"
 
 
+def test_the_compiler_may_have_arguments(place: Path, quick: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"/usr/bin/env {quick}")
+    assert host.refusal() is None
+
+
 def test_a_compiler_that_makes_no_library_is_said(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", script(tmp_path / "compiler", "exit 0"))
     assert str(host.refusal()).startswith("host.cpp cannot be compiled and loaded: ")

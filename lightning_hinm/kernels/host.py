@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import struct
 import subprocess
@@ -109,17 +110,17 @@ def _kept(place: Path | None, key: str) -> ctypes.CDLL | None:
 
 def _compiled(place: Path | None, key: str, flags: tuple[str, ...]) -> ctypes.CDLL | str:
     names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
     if compiler is None:
         return f"there is no C++ compiler ({', '.join(names)})"
     try:
         with tempfile.TemporaryDirectory(dir=_usable(place)) as folder:
             path = Path(folder) / "host.so"
-            command = [compiler, *flags, str(SOURCE), "-o", str(path)]
+            command = [*compiler, *flags, str(SOURCE), "-o", str(path)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["nothing"])[0]
-                return f"{compiler} does not compile {SOURCE.name} with {' '.join(flags)}: {said[:200]}"
+                return f"{shlex.join(compiler)} does not compile {SOURCE.name} with {' '.join(flags)}: {said[:200]}"
             library, data = ctypes.CDLL(str(path)), path.read_bytes()
     except (OSError, subprocess.SubprocessError) as error:
         return f"{SOURCE.name} cannot be compiled and loaded: {error}"
