@@ -27,7 +27,7 @@ from lightning_hinm.prune import layout_of
 TOKENS, PIXELS = 128, (14, 14)
 # Sparse must win by more than the noise of a measurement, and than what a layer may lose in a graph, where Inductor
 # fuses less with it: a tie leaves the layer as it is.
-MARGIN = 0.9
+MARGIN = 0.8
 SECONDS, LEAST, MOST = 0.1, 3, 25  # a measurement ends after this time, but has at least so many repetitions
 
 
