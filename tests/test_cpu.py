@@ -213,6 +213,37 @@ def test_a_number_out_of_range_is_an_error_that_names_what_is_damaged(tokens: in
     op(x, *good[:5], positions + 200, *good[6:])  # nobody's numbers, and no crash
 
 
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (0, lambda values: torch.cat([values, values])),
+        (0, lambda values: values[:, :-1]),
+        (3, lambda order: order[:8]),
+        (5, lambda positions: positions[:8]),
+        (7, lambda columns: columns[:-1]),
+        (7, lambda columns: columns.int()),
+        (8, lambda restore: restore[:-1]),
+        (8, lambda restore: restore.int()),
+    ],
+)
+def test_operands_of_several_layers_are_refused_before_anything_is_read(place: int, change: Any) -> None:
+    packed = weight((16, 16), HiNMPattern(8), torch.float32)
+    operands = list(arguments(packed, None, 16))
+    operands[place] = change(operands[place])
+    with pytest.raises(ValueError, match="operands are not of one packed layer"):
+        hinm_linear(numbers(4, 16), *operands)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_a_number_that_is_not_finite_reaches_no_row_without_a_weight_for_it(tokens: int) -> None:
+    packed = weight((4, 4), HiNMPattern(4, 0.0, window=None), torch.float32)
+    packed.metadata.fill_(0b1001)  # the columns 1 and 2 of four
+    packed.vector_index.copy_(torch.arange(4))
+    x = torch.ones(tokens, 4)
+    x[:, 0] = torch.inf
+    assert hinm_linear(x, *arguments(packed, None, 4)).isfinite().all()
+
+
 def test_a_layer_takes_as_many_bytes_as_its_numbers() -> None:
     packed = weight((128, 256), HiNMPattern(32), torch.float32)
     expanded = expand_all(packed)

@@ -191,6 +191,51 @@ def test_a_layer_that_was_decoded_for_it_runs_where_there_is_none(monkeypatch: p
         host.launch(x)
 
 
+def test_a_forked_child_computes_and_does_not_wait_for_threads_that_are_gone() -> None:
+    code = """
+import os, signal, torch
+from lightning_hinm import HiNMPattern
+from lightning_hinm.format import random_weight
+from lightning_hinm.modules import HiNMLinear
+torch.set_num_threads(2)
+packed = random_weight((24, 32), HiNMPattern(vector_size=8), torch.float32, torch.Generator().manual_seed(0))
+model, x = HiNMLinear(packed, None), torch.ones(5, 32)
+with torch.inference_mode():
+    expected = model(x)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        os._exit(0 if torch.equal(model(x), expected) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run(code) == "0\n"
+
+
+def test_a_path_or_a_compiler_that_makes_no_sense_is_a_reason_and_no_crash(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", 'g++ "-DX')
+    assert str(host.refusal()).startswith("host.cpp cannot be compiled and loaded: ")
+    monkeypatch.setattr(host, "SOURCE", place / "missing.cpp")
+    host._library.cache_clear()
+    assert str(host.refusal()).startswith("missing.cpp cannot be compiled and loaded: ")
+
+
+def test_a_layer_keeps_its_form_when_its_values_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    for first, then in (("off", ""), ("", "off")):
+        monkeypatch.setenv(host.SWITCH, first)
+        model = layer()
+        held = model.expansion
+        monkeypatch.setenv(host.SWITCH, then)
+        other = random_weight((24, 32), PATTERN, torch.float32, torch.Generator().manual_seed(0))
+        other.values.mul_(2)
+        model.repack(other)
+        assert model.expansion is held, "graphs hold it"
+        monkeypatch.setenv(host.SWITCH, first)
+        x = torch.randn(5, 32)
+        torch.testing.assert_close(model(x), F.linear(x, unpack(other)))
+
+
 @pytest.mark.parametrize("m", [2, 3, 4, 8, 48, 64, 80, 128, 256])
 def test_whole_groups_are_gathered_as_many_as_a_byte_can_number(m: int) -> None:
     held = host.held(m)

@@ -306,7 +306,7 @@ inline void multiply_few_rows(const Call<T>& call, int64_t row, const float* hel
     for (int r = 0; r < R; r++) {
       const int64_t place = (row + r) * call.taken + k;
       const vec value = load(call.values + place, some);
-      loose_bytes position = {};
+      loose_bytes position = loose_bytes{} + 255;  // where nothing is left: the last of the lanes, past all kept vectors
       if (some == LANES) position = *(const loose_bytes*)(call.positions + place);
       else memcpy(&position, call.positions + place, some);
       const ints from = __builtin_convertvector(position, ints);  // of which a shuffle takes the last bits
@@ -377,7 +377,7 @@ template <class T> int run(const Call<T>& call) {
   if (outside) return 2;
 #if !defined(__clang__)
   // Then LANES values are those of whole groups, and `held`, 64, is a multiple of what two registers hold.
-  const bool halved = 2 * call.taken == call.kept && LANES % call.group_taken == 0;
+  const bool halved = 2 * call.taken == call.kept && LANES % call.group_taken == 0 && call.held % (2 * LANES) == 0;
   const bool whole = call.images == 1 && (call.pitch == call.width || call.tokens <= call.width);
   if (halved && whole && call.tokens <= FEW) return run_few(call) ? 0 : 3;
 #endif

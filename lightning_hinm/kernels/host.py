@@ -37,6 +37,7 @@ ENTRIES = {torch.float32: "hinm_float32", torch.bfloat16: "hinm_bfloat16"}
 HELD = 64  # kept vectors that a tile gathers at a time (host.cpp)
 POSITIONS = 256  # that a byte can name
 _pack = struct.Struct("=7Q20q").pack  # the fields of Call in host.cpp
+_process = os.getpid()  # OpenMP's threads do not survive a fork: a child that asked for them would wait for ever
 
 
 def held(m: int) -> int:
@@ -74,7 +75,8 @@ def launch(*arguments: Tensor | int | None) -> None:
         raise RuntimeError(library)
     numbers: list[Any] = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments]
     x: Any = arguments[0]
-    wrong = library[ENTRIES[x.dtype]](_pack(*numbers, torch.get_num_threads()))
+    threads = torch.get_num_threads() if os.getpid() == _process else 1
+    wrong = library[ENTRIES[x.dtype]](_pack(*numbers, threads))
     if wrong == 3:
         raise MemoryError("hinm: no memory for the product of a packed layer. Pass fewer tokens at a time.")
     if wrong:
@@ -87,6 +89,13 @@ def _library() -> ctypes.CDLL | str:
     """The compiled source, or why there is none; found once in a process."""
     if os.name != "posix":
         return f"the product for CPUs is compiled on Linux and macOS only, not on {platform.system()}"
+    try:
+        return _find()
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return f"{SOURCE.name} cannot be compiled and loaded: {error}"
+
+
+def _find() -> ctypes.CDLL | str:
     flags = (*FLAGS, *MACHINES.get(torch.backends.cpu.get_cpu_capability(), ()))
     facts = (SOURCE.read_bytes(), *(flag.encode() for flag in flags), platform.machine().encode())
     key = hashlib.sha256(b"\0".join(facts)).hexdigest()
@@ -113,17 +122,15 @@ def _compiled(place: Path | None, key: str, flags: tuple[str, ...]) -> ctypes.CD
     compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
     if compiler is None:
         return f"there is no C++ compiler ({', '.join(names)})"
-    try:
-        with tempfile.TemporaryDirectory(dir=_usable(place)) as folder:
-            path = Path(folder) / "host.so"
-            command = [*compiler, *flags, str(SOURCE), "-o", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["nothing"])[0]
-                return f"{shlex.join(compiler)} does not compile {SOURCE.name} with {' '.join(flags)}: {said[:200]}"
-            library, data = ctypes.CDLL(str(path)), path.read_bytes()
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{SOURCE.name} cannot be compiled and loaded: {error}"
+    # What is in use may not be removable, on a network's file system.
+    with tempfile.TemporaryDirectory(dir=_usable(place), ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "host.so"
+        command = [*compiler, *flags, str(SOURCE), "-o", str(path)]
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
+        if done.returncode:
+            said = (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"])[0]
+            return f"{shlex.join(compiler)} does not compile {SOURCE.name} with {' '.join(flags)}: {said[:200]}"
+        library, data = ctypes.CDLL(str(path)), path.read_bytes()
     if place is not None:
         try:
             cache.write(place / f"{key}-{hashlib.sha256(data).hexdigest()}.so", data)

@@ -111,7 +111,9 @@ class HiNMLayer(nn.Module):
 
     def _decode(self, *, replaced: bool = False) -> None:
         """Decodes the packed weight anew: in place while layout and tensors stay, so that compiled graphs see it."""
-        before, after = self._buffers, expand_all(self.packed, groups=self.groups)
+        # In the form that graphs hold: the product for CPUs may have been switched on or off since.
+        form = None if replaced or self.values.is_meta else self._form
+        before, after = self._buffers, expand_all(self.packed, groups=self.groups, form=form)
         if replaced or self.values.is_meta or self.expansion.is_inference() or not _same_layout(before, after):
             before.update(after)
             self.packing = Packing()

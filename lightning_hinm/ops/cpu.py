@@ -5,6 +5,7 @@ Shapes: O rows, I columns, N tokens; B images of C channels.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_hinm.kernels import host
@@ -62,17 +63,33 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
 
 
 def _launch(x: Tensor, columns: Tensor, out: Tensor, operands: Operands, sizes: tuple[Any, ...]) -> None:
-    values, positions, bias, restore = operands.values, operands.expansion, operands.bias, restored_rows(operands)
+    values, bias, restore = operands.values, operands.bias, restored_rows(operands)
+    positions: Any = operands.expansion
     n, m, (rows, taken) = operands.n, operands.m, values.shape
-    held = host.held(m)
+    held, kept = host.held(m), taken // n * m
+    expected = {  # the kernel trusts these sizes
+        "values": (values, values.dtype, operands.output_order.shape[0] * (kept // m * n)),
+        "expansion": (positions, torch.uint8, rows * taken),
+        "columns": (columns, torch.int64, -(-rows // operands.vector_size) * kept),
+        "restore": (restore, torch.int64, rows if restore.numel() else 0),
+    }
+    wrong = [
+        f"{name} is {tensor.dtype} with {tensor.numel()} numbers, but must be {dtype} with {count}"
+        for name, (tensor, dtype, count) in expected.items()
+        if tensor.dtype != dtype or tensor.numel() != count
+    ]
+    if wrong or not held:
+        raise ValueError(
+            f"hinm: {'; '.join(wrong) or f'm={m} is too large'}. The operands are not of one packed layer."
+        )
     host.launch(
         x,
         values.contiguous(),
-        positions.contiguous(),  # type: ignore[union-attr]
+        positions.contiguous(),
         columns.contiguous(),
         restore.contiguous() if restore.numel() else None,
         None if bias is None else bias.contiguous(),
         out,
-        *(rows, operands.vector_size, taken // n * m, taken, n, held, held // m * n),
+        *(rows, operands.vector_size, kept, taken, n, held, held // m * n),
         *sizes,
     )

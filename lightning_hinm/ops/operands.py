@@ -239,11 +239,16 @@ def form_of(packed: HiNMWeight) -> str:
     return "positions" if reason is None else "tiles"
 
 
-def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | None]:
+def expand_all(packed: HiNMWeight, *, groups: int = 1, form: str | None = None) -> dict[str, Tensor | None]:
     """What the ops need of a packed weight, decoded for its device: cached by the layers, and passed as operands.
 
     Where the GPU kernels run, these are the fragments (``fragments.Fragments``), and ``expansion_metadata`` is not
-    None. Everywhere else it is None, and the others are:
+    None. Everywhere else it is None, and the others are as below.
+
+    Args:
+        packed: the weight.
+        groups: channel groups of a convolution.
+        form: as ``form_of`` names it, which is asked if it is None.
 
     Returns:
         ``expansion``, ``[T, V, P]``, or where the product is compiled for the CPU uint8 ``[O, K]``, the place of each
@@ -251,7 +256,7 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1) -> dict[str, Tensor | Non
         ``[T * P]``, the column of ``x`` that each kept vector multiplies; ``restore``, int64 ``[O]``, the row of the
         product that each output channel is, or empty where the rows are packed in the order of the channels.
     """
-    in_features, values, form = math.prod(packed.shape[1:]), packed.values, form_of(packed)
+    in_features, values, form = math.prod(packed.shape[1:]), packed.values, form or form_of(packed)
     if form == "fragments":
         if values.device.type == "cuda":
             kernels.prepare(values.device)  # now: while a CUDA graph is captured, nothing can be loaded
