@@ -25,9 +25,10 @@ from lightning_hinm.prune import layout_of
 
 # What a layer is timed on when no input is known: one short batch of tokens, or one small image.
 TOKENS, PIXELS = 128, (14, 14)
-# Sparse must win by more than the noise of a measurement, and than what a layer may lose in a graph, where Inductor
-# fuses less with it: a tie leaves the layer as it is.
-MARGIN = 0.8
+# Sparse must win by more than the noise of a measurement, and on a CPU by more than what a layer may lose in a graph,
+# where Inductor fuses less with it: a tie leaves the layer as it is.
+MARGINS = {"cpu": 0.8}
+MARGIN = 0.95  # elsewhere
 SECONDS, LEAST, MOST = 0.1, 3, 25  # a measurement ends after this time, but has at least so many repetitions
 
 
@@ -294,7 +295,8 @@ def decide(*workloads: Workload) -> Decision:
     choices = [predict(workload) for workload in workloads]
     paths = choices[0] if all(choices) and choices else {}
     predicted = {path: tuple(choice[path] for choice in choices) for path in paths}
-    return Decision("sparse" if sparse < MARGIN * dense else "dense", calls, dense, sparse, predicted)
+    margin = MARGINS.get(workloads[0].device.type, MARGIN)
+    return Decision("sparse" if sparse < margin * dense else "dense", calls, dense, sparse, predicted)
 
 
 def predict(workload: Workload) -> dict[str, Choice]:

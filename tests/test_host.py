@@ -107,6 +107,17 @@ def test_a_file_that_others_may_write_is_not_loaded(
     assert "others than you may write it" in caplog.text
 
 
+def test_a_folder_that_others_may_write_is_not_used(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.mkdir()
+    place.chmod(0o777)
+    with caplog.at_level(logging.WARNING, host.log.name):
+        assert host.refusal() is None
+    assert "others than you may write there" in caplog.text
+    assert kept(place) == []
+
+
 def test_a_compiler_that_fails_is_quoted(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = script(tmp_path / "compiler", "echo 'unknown option -fopenmp' >&2; exit 1")
     monkeypatch.setenv("CXX", compiler)

@@ -99,8 +99,20 @@ def _find() -> ctypes.CDLL | str:
     flags = (*FLAGS, *MACHINES.get(torch.backends.cpu.get_cpu_capability(), ()))
     facts = (SOURCE.read_bytes(), *(flag.encode() for flag in flags), platform.machine().encode())
     key = hashlib.sha256(b"\0".join(facts)).hexdigest()
-    place = cache.folder("host", SWITCH)
+    place = _private(cache.folder("host", SWITCH))
     return _kept(place, key) or _compiled(place, key, flags)
+
+
+def _private(place: Path | None) -> Path | None:
+    """The folder, if nobody else may put another file in the place of one that is made or checked there."""
+    if place is None or not place.exists():
+        return place
+    place = place.resolve()  # a name without a slash would be searched for among the system's libraries
+    status = place.stat()
+    if status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022:
+        return place
+    log.warning("%s is passed over: others than you may write there. Every process compiles for some seconds.", place)
+    return None
 
 
 def _kept(place: Path | None, key: str) -> ctypes.CDLL | None:
