@@ -11,16 +11,32 @@ from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.pattern import HiNMPattern
 
 BLOCK = 1 << 24  # elements that one step gathers at most: memory stays linear in the matrix with a small constant
+FEW = 8  # entries: more are sorted
 
 
 def keep_top(saliency: Tensor, k: int, *, dim: int = -1) -> Tensor:
-    """Exactly ``k`` entries along ``dim`` are True, the largest ones; ties keep the lower position.
+    """Exactly ``k`` entries along ``dim`` are True, the largest ones; ties keep the lower position. No entry is NaN.
 
     >>> keep_top(torch.tensor([5.0, 5.0, 5.0, 0.1]), 2).tolist()
     [True, True, False, False]
     """
+    if saliency.shape[dim] <= FEW:
+        return _keep_top_of_few(saliency, k, dim)
     best = saliency.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, k)
     return torch.zeros_like(saliency, dtype=torch.bool).scatter_(dim, best, True)
+
+
+def _keep_top_of_few(saliency: Tensor, k: int, dim: int) -> Tensor:
+    """Each entry is compared with each, many times as fast as a sort: kept are those that fewer than k stand before."""
+    parts = saliency.unbind(dim)
+    # Of an entry's last - i comparisons with later ones all count as lost at first, and each that it wins is taken off.
+    ahead = [torch.full_like(part, len(parts) - 1 - i, dtype=torch.int8) for i, part in enumerate(parts)]
+    for j, later in enumerate(parts):
+        for i, earlier in enumerate(parts[:j]):
+            won = (earlier >= later).to(torch.int8)  # a tie too
+            ahead[i] -= won
+            ahead[j] += won
+    return torch.stack([before < k for before in ahead], dim=dim)
 
 
 def tile_rows(matrix: Tensor, output_order: Tensor, vector_size: int) -> Tensor:

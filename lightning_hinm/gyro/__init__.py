@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -190,14 +191,11 @@ def _search(
     if entries:
         generator.set_state(entries[0].generator)
     else:
-        order, indices = _search_groups(
-            saliencies, patterns, groups, method, generator, clock, output_order, within, progress
-        )
-        for saliency, pattern, index in zip(saliencies, patterns, indices, strict=True):
-            layout = HiNMLayout(pattern, order, index)
-            value = retained(saliency, hinm_mask(saliency, layout))
-            gap = _Gap(saliency, pattern).closed(value)
-            entries.append(cache.Entry(replace(layout, retained=value), value, gap, generator.get_state()))
+        found = _search_groups(saliencies, patterns, groups, method, generator, clock, output_order, within, progress)
+        for saliency, each in zip(saliencies, found, strict=True):
+            gap = _Gap(saliency, each.layout.pattern, each.identity).closed(each.retained)
+            layout = replace(each.layout.to("cpu"), retained=each.retained)
+            entries.append(cache.Entry(layout, each.retained, gap, generator.get_state()))
         for i, entry in enumerate(entries if key is not None and not clock.ended else ()):
             cache.write(f"{key}-{i}", entry)
     seconds, weights = clock.seconds, sum(saliency.numel() for saliency in saliencies)
@@ -225,6 +223,14 @@ def _read_entries(
     return entries
 
 
+class _Found(NamedTuple):
+    """The layout of one matrix, what it retains, and what identity's does: None where that was not asked."""
+
+    layout: HiNMLayout
+    retained: float
+    identity: float | None
+
+
 def _search_groups(
     saliencies: Sequence[Tensor],
     patterns: Sequence[HiNMPattern],
@@ -235,8 +241,10 @@ def _search_groups(
     output_order: Tensor | None,
     within: Tensor | None,
     progress: Callable[[Progress], None] | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Each group of a convolution by itself: the order, and the index of each matrix, on the CPU."""
+) -> list[_Found]:
+    """Each group of a convolution by itself."""
+    if groups == 1:
+        return _search_rows(saliencies, patterns, method, generator, clock, output_order, within, progress)
     rows = len(saliencies[0]) // groups
     orders, indices = [], []
 
@@ -250,11 +258,17 @@ def _search_groups(
         own = clock.share(groups - group)  # of what is left
         inside = None if within is None else within[part]
         parts = [saliency[part] for saliency in saliencies]
-        order, index = _search_rows(parts, patterns, method, generator, own, fixed, inside, progress and tell)
+        found = _search_rows(parts, patterns, method, generator, own, fixed, inside, progress and tell)
         clock.ended |= own.ended
-        orders.append(order + group * rows)
-        indices.append(index)
-    return torch.cat(orders).cpu(), [torch.cat(index).cpu() for index in zip(*indices, strict=True)]
+        orders.append(found[0].layout.output_order + group * rows)
+        indices.append([each.layout.vector_index for each in found])
+    order = torch.cat(orders)
+    layouts = [
+        HiNMLayout(pattern, order, torch.cat(index))
+        for pattern, index in zip(patterns, zip(*indices, strict=True), strict=True)
+    ]
+    values = _retained_by(list(zip(saliencies, patterns, strict=True)), layouts)
+    return [_Found(layout, value, None) for layout, value in zip(layouts, values, strict=True)]
 
 
 def _search_rows(
@@ -266,8 +280,8 @@ def _search_rows(
     output_order: Tensor | None,
     within: Tensor | None,
     progress: Callable[[Progress], None] | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """``(output_order, vector_index of each)`` of matrices with the same rows: the best of identity and the method."""
+) -> list[_Found]:
+    """Matrices with the same rows: the best of identity and the method."""
     pairs = list(zip(saliencies, patterns, strict=True))
     fixed = None if output_order is None else output_order.to(saliencies[0].device)
     first = torch.arange(len(saliencies[0]), device=saliencies[0].device) if fixed is None else fixed
@@ -294,9 +308,10 @@ def _search_rows(
         ]
         for order, indices in candidates
     ]
-    values = [sum(_retained_by(pairs, of_all)) for of_all in layouts]
-    best = layouts[values.index(max(values))]
-    return best[0].output_order, [layout.vector_index for layout in best]
+    values = [_retained_by(pairs, of_all) for of_all in layouts]
+    best = max(range(len(values)), key=lambda i: sum(values[i]))  # the first of equals
+    identity: list[float | None] = [None] * len(pairs) if output_order is not None else [*values[0]]
+    return [_Found(*each) for each in zip(layouts[best], values[best], identity, strict=True)]
 
 
 def _scaled(saliency: Tensor, count: int) -> Tensor:
@@ -335,13 +350,19 @@ def _retained_by(pairs: Sequence[tuple[Tensor, HiNMPattern]], layouts: Sequence[
 class _Gap:
     """Between identity and an unstructured mask that keeps as many."""
 
-    def __init__(self, saliency: Tensor, pattern: HiNMPattern) -> None:
-        order = torch.arange(saliency.shape[0], device=saliency.device)
-        mask = hinm_mask(saliency, HiNMLayout(pattern, order, choose_vectors(saliency, pattern, order)))
-        self.low = retained(saliency, mask)
-        best = saliency.flatten().topk(int(mask.sum()), sorted=False).values.sum(dtype=torch.float64).item()
+    def __init__(self, saliency: Tensor, pattern: HiNMPattern, low: float | None = None) -> None:
+        if low is None:
+            order = torch.arange(saliency.shape[0], device=saliency.device)
+            mask = hinm_mask(saliency, HiNMLayout(pattern, order, choose_vectors(saliency, pattern, order)))
+            low = retained(saliency, mask)
+        kept, (rows, in_features) = 0, saliency.shape
+        for first, last in pattern.runs(in_features):
+            slots = pattern.kept_of_run(last - first)
+            virtual = max(slots - (last - first), 0)  # all in the last group
+            kept += rows * (slots // pattern.m * pattern.n - max(pattern.n - (pattern.m - virtual), 0))
+        best = saliency.flatten().topk(kept, sorted=False).values.sum(dtype=torch.float64).item()
         total = saliency.sum(dtype=torch.float64).item()
-        self.high = best / total if total else 1.0
+        self.low, self.high = low, best / total if total else 1.0
 
     def closed(self, value: float) -> float:
         """0 at identity, 1 where nothing better is possible; 1 too where identity is best."""

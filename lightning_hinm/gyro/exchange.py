@@ -6,12 +6,13 @@ Shapes: as in ``problem``.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_hinm.gyro.problem import BATCH, Problem, assign, assign_vectors, row_values
-from lightning_hinm.mask import choose_vectors, tile_rows
+from lightning_hinm.gyro.problem import Problem, assign, assign_vectors, row_values
+from lightning_hinm.mask import choose_vectors
 from lightning_hinm.pattern import HiNMPattern
 
 # Annealing: rounds, those of them that are noisy, and the noise of the first and the last noisy one, in standard
@@ -26,8 +27,9 @@ TILES = 64
 PRICE_STEPS, PRICE_RATE = 6, 0.2
 # Rows that one exact transport problem takes: its cost is cubic.
 ROWS = 512
-# After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little.
-TURNS, DRAWS, LEAST = 2, 4, 5e-5
+# After the annealing: vectors (so many draws, in assignments of so many groups) and rows in turn, and vectors once more
+# until a draw gains too little.
+TURNS, DRAWS, QUICK, LEAST = 2, 4, 96, 5e-5
 # The annealing's share of a time budget.
 SHARE = 0.5
 
@@ -41,21 +43,19 @@ def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tens
             order = _anneal_rows(problems, first.shuffled(order.numel()))
             indices = [choose_vectors(problem.saliency, problem.pattern, order) for problem in problems]
         for _ in range(TURNS):
-            indices = _assign_all(problems, order, indices, draws=DRAWS)
+            indices = _assign_all(problems, order, indices, draws=DRAWS, most=QUICK)
             if first.clock.expired():
                 break
             order = _move_rows(problems, order, indices)
     return order, _assign_all(problems, order, indices, least=LEAST)
 
 
-def _assign_all(
-    problems: Sequence[Problem], order: Tensor, indices: list[Tensor], *, draws: int | None = None, least: float = 1e-6
-) -> list[Tensor]:
+def _assign_all(problems: Sequence[Problem], order: Tensor, indices: list[Tensor], **options: Any) -> list[Tensor]:
     """``assign_vectors`` for each problem, each with its share of the time that is left."""
     assigned = []
     for i, (problem, index) in enumerate(zip(problems, indices, strict=True)):
         own = replace(problem, clock=problem.clock.share(len(problems) - i))
-        assigned.append(assign_vectors(own, order, index, pruned=True, draws=draws, least=least))
+        assigned.append(assign_vectors(own, order, index, pruned=True, **options))
         problem.clock.ended |= own.clock.ended
     return assigned
 
@@ -71,6 +71,9 @@ def _anneal_rows(problems: Sequence[Problem], order: Tensor) -> Tensor:
     weights = sum(saliency.numel() for saliency in saliencies)
     rounds = max(min(ROUNDS, WORK // (weights * min(tiles, TILES))), FEWEST)
     prices = torch.zeros(tiles, device=order.device)
+    tile = torch.empty_like(order)  # of each row
+    tile[order] = torch.arange(rows, device=order.device) // v
+    size = torch.bincount(tile, minlength=tiles)  # the last may be short
     for i in range(rounds):
         if problem.clock.expired():
             break
@@ -80,46 +83,43 @@ def _anneal_rows(problems: Sequence[Problem], order: Tensor) -> Tensor:
         if done > 1:
             break
         noise = HOT * (COLD / HOT) ** (done / NOISY) if done < NOISY else 0.0
-        kept = [
-            _kept(tile_rows(saliency, order, v).sum(dim=1), one.pattern)  # [T, I]
-            for saliency, one in zip(saliencies, problems, strict=True)
-        ]
-        moved = order.clone()
         for block in problem.shuffled(tiles).split(TILES):
-            at = (block.unsqueeze(1) * v + torch.arange(v, device=order.device)).flatten()  # positions in the order
-            at = at[at < rows]  # the last tile may be short
-            worth = (saliency[order[at]] @ kept_[block].t() for saliency, kept_ in zip(saliencies, kept, strict=True))
-            values = reduce(torch.add, worth)  # [rows, tiles of the block]
+            inside = _rows_of(tile, block, tiles)
+            parts = [saliency if inside is None else saliency[inside] for saliency in saliencies]
+            own = tile if inside is None else tile[inside]
+            members = (block.unsqueeze(1) == own).float()  # [tiles of the block, rows]
+            kept = (_kept(members @ part, one.pattern) for part, one in zip(parts, problems, strict=True))
+            values = reduce(torch.add, (part @ of_tiles.t() for part, of_tiles in zip(parts, kept, strict=True)))
             values -= values.mean(dim=1, keepdim=True)  # what a row is worth everywhere decides nothing
             spread = values.double().std(correction=0).to(values.dtype)
             values += noise * spread * problem.noise(*values.shape)
-            size = torch.bincount(at // v, minlength=tiles)[block]
-            tile = _balance(values, size, prices, block, PRICE_RATE * spread)
-            # Places of the block's tiles in the order of ``block``, and the rows that go there
-            moved[at] = order[at[tile.argsort(stable=True)]]
-        order = moved
-        problem.tell(order)
-    return order
+            moved = block[_balance(values, size[block], prices, block, PRICE_RATE * spread)]
+            tile[slice(None) if inside is None else inside] = moved
+        problem.tell(tile.argsort(stable=True))
+    return tile.argsort(stable=True)
+
+
+def _rows_of(tile: Tensor, block: Tensor, tiles: int) -> Tensor | None:
+    """The rows that are in the tiles of ``block``; None for all, which nothing has to be gathered for."""
+    if len(block) == tiles:
+        return None
+    among = torch.zeros(tiles, dtype=torch.bool, device=tile.device).index_fill_(0, block, True)
+    return among[tile].nonzero()[:, 0]
 
 
 def _likely(saliency: Tensor, pattern: HiNMPattern) -> Tensor:
     """``saliency`` times a guess at the chance that a weight survives n:m in a group yet unknown.
 
-    The guess is a power of the weight's rank in its row, from 0 to 1: with ``m - 1`` it is the chance of being the
-    largest of a random group, and one that falls with the density was the best of those tried for 2:4, 1:4, 4:8 and
-    2:8. Where nothing is pruned, n = m, it is the saliency itself.
+    The guess is a power of the share of weights that are smaller, if those of the row were exponentially distributed.
+    With ``m - 1`` it would be the chance of being the largest of a random group; one that falls with the density was
+    the best of those tried for 2:4, 1:4, 4:8 and 2:8. The true share, from a sort, is no better. Where nothing is
+    pruned, n = m, it is the saliency itself.
     """
     if pattern.n == pattern.m:
         return saliency
-    rows, in_features = saliency.shape
-    rank = (torch.arange(in_features, device=saliency.device) + 0.5) / in_features
-    chance = rank ** (1.5 * pattern.m / pattern.n)
-    likely = torch.empty_like(saliency)
-    for first in range(0, rows, max(BATCH // in_features, 1)):
-        part = saliency[first : first + max(BATCH // in_features, 1)]
-        by_rank = part.sort(dim=1, stable=True)
-        likely[first : first + len(part)].scatter_(1, by_rank.indices, by_rank.values * chance)
-    return likely
+    mean = saliency.mean(dim=1, keepdim=True).clamp_(min=torch.finfo(saliency.dtype).tiny)
+    likely = (saliency / -mean).expm1_().neg_().pow_(1.5 * pattern.m / pattern.n)
+    return likely.mul_(saliency)
 
 
 def _kept(sums: Tensor, pattern: HiNMPattern) -> Tensor:

@@ -21,7 +21,7 @@ from lightning_hinm.pattern import HiNMPattern
 RETRIES = 4
 # Elements of the largest temporary: blocks are searched in batches of this size.
 BATCH = 1 << 25
-# Groups that one assignment takes at most.
+# Groups that one assignment takes at most, unless it shall be quick.
 GROUPS = 256
 # Value of a choice that is not allowed: less than any that is.
 BARRED = -1e6
@@ -155,7 +155,14 @@ def assign(values: list[Tensor]) -> list[Tensor]:
 
 
 def assign_vectors(
-    problem: Problem, order: Tensor, index: Tensor, *, pruned: bool, draws: int | None = None, least: float = 1e-6
+    problem: Problem,
+    order: Tensor,
+    index: Tensor,
+    *,
+    pruned: bool,
+    draws: int | None = None,
+    least: float = 1e-6,
+    most: int = GROUPS,
 ) -> Tensor:
     """Draw one vector of every group of a tile and assign them to the groups anew, as long as that gains.
 
@@ -166,6 +173,7 @@ def assign_vectors(
         pruned: some of the columns that a tile prunes stand for election too: the exchange method's own addition.
         draws: at most so many; None for as many as it takes until ``RETRIES`` in a row are no gain.
         least: what counts as a gain, as a fraction of what the tile retains.
+        most: groups that one assignment takes: the cost of a draw grows with its square, the gain far less.
 
     Returns:
         The new index, ``[T, P]``.
@@ -182,7 +190,7 @@ def assign_vectors(
         start += kept
         if not groups or not (pruned or groups > 1):
             continue
-        size = min(groups, GROUPS)
+        size = min(groups, most)
         step = max(BATCH // (groups * (2 * size + m * v) + (last - first) * v), 1)  # tiles at a time
         for t in range(0, index.shape[0], step):
             part = order[t * v : (t + step) * v]
@@ -192,7 +200,7 @@ def assign_vectors(
             if problem.within is not None:
                 free = tile_rows(problem.within[:, first:last], part, v).any(dim=1)
             free.scatter_(1, local, False)
-            blocks = Blocks(points, local[:, : groups * m].unflatten(1, (groups, m)), free if pruned else None)
+            blocks = Blocks(points, local[:, : groups * m].unflatten(1, (groups, m)), free if pruned else None, most)
             blocks.assign(problem, draws, least)
             index[t : t + step, held][:, : groups * m] = blocks.slots.flatten(1) + first
             problem.tell(order, index)
@@ -206,10 +214,11 @@ class Blocks:
         points: ``[B, W, V]``, the columns.
         slots: int64 ``[B, G, m]``, the columns that each group holds.
         free: bool ``[B, W]``, pruned columns that may be chosen; None if none may.
+        most: groups that one assignment takes.
     """
 
-    def __init__(self, points: Tensor, slots: Tensor, free: Tensor | None) -> None:
-        self.points, self.slots, self.free = points, slots.clone(), free
+    def __init__(self, points: Tensor, slots: Tensor, free: Tensor | None, most: int) -> None:
+        self.points, self.slots, self.free, self.most = points, slots.clone(), free, most
         self.sums = points.sum(dim=2)  # [B, W]
 
     def assign(self, problem: Problem, draws: int | None, least: float) -> None:
@@ -230,7 +239,7 @@ class Blocks:
         more than one vector.
         """
         _, groups, m = self.slots.shape
-        deals = -(-groups // GROUPS)
+        deals = -(-groups // self.most)
         size = groups // deals
         dealt = problem.noise(len(active), groups).argsort(dim=1)[:, : deals * size]
         members = problem.noise(len(active), deals * size, m).argsort(dim=2)  # the first of each group is drawn
