@@ -1,5 +1,6 @@
 """``torch.compile(model, backend="hinm")``: pruned layers become sparse ops, the rest goes to the inner backend."""
 
+import copy
 import functools
 import logging
 import weakref
@@ -245,7 +246,7 @@ def _fold_norms(
             continue
         nodes = (origin.node, *call.tensors.values())
         sources, norm, names = [traced[node].tensor for node in nodes], statistics.module, tuple(call.tensors)
-        if not _counts_batches(norm) or any(tensor.is_inference() for tensor in sources):
+        if not _counts_batches(norm, call.norm) or any(tensor.is_inference() for tensor in sources):
             continue  # a training of the norm could not be seen
         make = functools.partial(_fold, origin.make, names, eps=call.eps, name=origin.name)
         owners = [(weakref.ref(traced[node].module), traced[node].key) for node in nodes]
@@ -263,10 +264,23 @@ def _fold_norms(
     return folded
 
 
-def _counts_batches(norm: nn.Module) -> bool:
-    """Whether ``num_batches_tracked`` tells that the norm was trained."""
-    counts = type(norm).forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return counts and norm.num_batches_tracked is not None
+def _counts_batches(norm: nn.Module, call: fx.Node) -> bool:
+    """Whether ``num_batches_tracked`` tells that the norm was trained: of a forward of its own, a copy is asked."""
+    forward = type(norm).forward
+    if norm._buffers.get("num_batches_tracked") is None:
+        return False
+    if forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return True
+    try:
+        with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.no_grad():
+            asked = copy.deepcopy(norm).cpu().train()
+            before, statistics = asked.num_batches_tracked.clone(), asked.running_mean
+            shape = (2, len(statistics), *[2] * (call.meta["example_value"].dim() - 2))
+            forward(asked, statistics.new_ones(shape))
+            return not torch.equal(before, asked.num_batches_tracked)
+    except Exception as error:  # it may do anything
+        log.info("hinm: a norm stays, because a copy of it cannot be trained: %r", error)
+        return False
 
 
 def _fold(

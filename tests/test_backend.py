@@ -1020,6 +1020,34 @@ def test_a_norm_whose_training_could_not_be_seen_stays() -> None:
         assert_folded(compiled(model), model, norms=5)
 
 
+def test_a_norm_with_a_forward_of_its_own_is_folded_where_a_training_of_it_is_counted() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.num_batches_tracked = self.num_batches_tracked + 1  # another tensor
+            tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+            return nn.functional.batch_norm(x, *tensors, self.training, 0.5, self.eps).relu()
+
+    class Failing(Activated):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise RuntimeError("not for training")
+            return super().forward(x)
+
+    model = normed()
+    model.bn1.__class__, model.bn2.__class__ = Activated, Failing
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    function, state = compiled(model), torch.random.get_rng_state()
+    with torch.inference_mode():
+        assert_folded(function, model, norms=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model.bn2.__class__ = nn.BatchNorm2d
+    train_norms(model)
+    with torch.inference_mode():
+        assert_folded(function, model, norms=0)
+
+
 def test_a_norm_without_statistics_and_a_model_in_training_keep_their_norms() -> None:
     model = normed()
     model.bn1, model.bn3.momentum = nn.BatchNorm2d(16, track_running_stats=False), 0.1
