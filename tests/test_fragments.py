@@ -1,5 +1,7 @@
 """A packed weight in the order of the mma.sp fragments, read back by the rules of the PTX ISA."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,34 @@ def test_tensors_are_as_the_kernels_read_them() -> None:
     assert all(tensor.is_contiguous() for tensor in found)
     assert found.rows.tolist().count(-1) == 96 - 70
     assert sorted(found.rows.tolist())[26:] == list(range(70))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("shape", [(32, 64), (70, 150), (300, 37)], ids=str)
+def test_their_sizes_are_known_without_them(pattern: HiNMPattern, shape: tuple[int, int]) -> None:
+    found = arrange(pack_random(*shape, pattern))
+    assert tuple(tensor.shape for tensor in found) == fragments.sizes(pattern, *shape)
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "index", "why"),
+    [
+        ("vector_index", (0, 3), 148, "vector_index has columns outside 0..147"),
+        ("vector_index", (0, 8), 60000, "vector_index has columns outside 0..147"),
+        ("vector_index", (0, 0), 147, "vector_index positions 0..3 leave their run of columns 0..19"),
+        ("output_order", (5,), 70, "output_order is not a permutation of 0..69"),
+        ("output_order", (5,), 255, "output_order is not a permutation of 0..69"),
+    ],
+)
+def test_an_index_that_a_kernel_would_follow_astray_is_refused(
+    field: str, place: tuple[int, ...], index: int, why: str
+) -> None:
+    packed = pack_random(70, 148, PATTERNS[2])
+    damaged = packed.tensors[field].to(torch.int64)
+    damaged[place] = index
+    damaged = damaged.to(torch.uint16)
+    with pytest.raises(ValueError, match=f"packed weight: {why}"):
+        arrange(replace(packed, **{field: damaged}))  # type: ignore[arg-type]
 
 
 @settings(max_examples=25)

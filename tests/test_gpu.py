@@ -354,6 +354,71 @@ def test_another_dtype_is_refused_by_name() -> None:
         run_linear(packed, numbers(2, 64, dtype=torch.float32), None)
 
 
+def padded_by_one(tensor: Tensor) -> Tensor:
+    """The same numbers, not contiguous."""
+    return F.pad(tensor.to(torch.int32), (0, 1)).to(tensor.dtype)[..., :-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "fact"),
+    [
+        (
+            "columns",
+            lambda tensor: tensor.to(torch.int64),
+            r"columns is torch.int64 \[3, 64\]",
+        ),
+        ("columns", padded_by_one, r"with strides \[65, 1\], but must be torch.uint16 \[3, 64\], contiguous"),
+        ("columns", lambda tensor: tensor[:, :32].contiguous(), r"columns is torch.uint16 \[3, 32\]"),
+        ("columns", lambda tensor: None, "columns is None"),
+        ("restore", lambda tensor: tensor.to(torch.int64), "restore is torch.int64"),
+        ("restore", lambda tensor: tensor[:-1], r"restore is torch.int32 \[95\]"),
+        ("restore", lambda tensor: None, "restore is None"),
+        ("expansion", lambda tensor: tensor[:2], r"expansion is torch.float16 \[2, 2, 2, 32, 8\]"),
+        ("expansion", lambda tensor: None, "expansion is None"),
+        ("expansion_metadata", lambda tensor: tensor.flatten(), r"expansion_metadata is torch.int32 \[192\]"),
+        ("expansion_metadata", lambda tensor: tensor.to(torch.int64), "expansion_metadata is torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather", "conv2d"])
+def test_fragments_that_a_kernel_would_misread_are_refused(kernel: str, name: str, damage: Any, fact: str) -> None:
+    pattern = HiNMPattern(32, 0.5)
+    size = (8, 3, 4) if kernel == "conv2d" else (96,)
+    packed = packed_layer(96, *size, pattern=pattern, dtype=torch.float16)
+    with emulated() as emulator, only(kernel):
+        expanded: dict[str, Any] = expand_all(packed)
+        expanded[name] = damage(expanded[name])
+        operands: tuple[Any, ...] = (*packed.tensors.values(), None, *expanded.values())
+        if kernel == "conv2d":
+            op, x = torch.ops.hinm.conv2d, numbers(1, 8, 6, 6, dtype=torch.float16)
+            operands += (8, 3, 4, 1, 1, 0, 0, 1, 1, 1)
+        else:
+            op, x = torch.ops.hinm.linear, numbers(4, 96, dtype=torch.float16)
+            operands += (96,)
+        with pytest.raises(ValueError, match=f"{fact}.*The operands are not of one packed layer"):
+            op(x, *operands, *pattern.fields)
+    assert not {name for name in emulator.launched if name != "transpose"}
+
+
+@pytest.mark.parametrize("shape", [(160, 224), (64, 224), (96, 300), (96, 96)], ids=str)
+def test_fragments_of_another_layer_are_refused(shape: tuple[int, int]) -> None:
+    pattern = HiNMPattern(32, 0.5)
+    packed, other = (packed_layer(*size, pattern=pattern, dtype=torch.float16) for size in ((96, 224), shape))
+    with emulated():
+        operands = (*packed.tensors.values(), None, *expand_all(other).values(), 224, *pattern.fields)
+        with pytest.raises(ValueError, match=r"expansion is .*, but must be torch.float16 "):
+            torch.ops.hinm.linear(numbers(4, 224, dtype=torch.float16), *operands)
+
+
+def test_fragments_of_a_pattern_that_no_kernel_runs_are_refused() -> None:
+    pattern = HiNMPattern(32, 0.5)
+    packed = packed_layer(64, 4, 4, 4, pattern=pattern, dtype=torch.float16)
+    with emulated():
+        operands = (*packed.tensors.values(), None, *expand_all(packed).values())
+        geometry = (4, 4, 4, 1, 1, 0, 0, 1, 1, 1, *replace(pattern, m=8).fields)
+        with pytest.raises(ValueError, match="2:8 is not the 2:4 of sparse tensor cores"):
+            torch.ops.hinm.conv2d(numbers(1, 4, 6, 6, dtype=torch.float16), *operands, *geometry)
+
+
 def test_more_tokens_than_the_gather_kernel_counts_are_taken_in_parts() -> None:
     packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
     with emulated() as emulator, only("gather"), mock.patch("lightning_hinm.ops.gpu.MOST_NUMBERS", 64 * 128 + 1):
@@ -607,7 +672,8 @@ def test_a_bound_that_is_loosened_is_caught(kernel: str, bound: str) -> None:
     assert all(is_caught(kernel, text) for _, text in found)
 
 
-def test_an_index_out_of_range_faults_in_the_interpreter() -> None:
+def test_an_index_that_is_changed_after_its_check_faults_in_the_interpreter() -> None:
+    """On a GPU nothing would see it without a synchronisation (``ops/gpu.py``)."""
     packed = packed_layer(64, 64, pattern=PLAIN, dtype=torch.float16)
     for kernel in ("decode", "windowed", "gather"):
         with emulated(), only(kernel):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hinm.format import HiNMWeight, blocks, unpack_positions
+from lightning_hinm.layout import check_layout
 from lightning_hinm.pattern import HiNMPattern
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -82,9 +83,22 @@ def padded_kept(pattern: HiNMPattern, in_features: int) -> int:
     return -(-sum(kept_of_runs(pattern, in_features)) // (STEP * STEPS)) * STEP * STEPS
 
 
+def sizes(pattern: HiNMPattern, rows: int, in_features: int) -> tuple[tuple[int, ...], ...]:
+    """The shape of each of the fragments of such a weight."""
+    height, kept = tile_rows(pattern), padded_kept(pattern, in_features)
+    packed_rows = -(-rows // pattern.vector_size) * pattern.vector_size
+    tiles, steps = packed_rows // height, kept // STEP
+    return (tiles, steps, height // 16, 32, 8), (tiles, steps, height // 32, 32), (tiles, kept), (packed_rows,)
+
+
 def arrange(packed: HiNMWeight) -> Fragments:
-    """The fragments of a packed weight that ``refusal`` does not refuse."""
+    """The fragments of a packed weight that ``refusal`` does not refuse.
+
+    Raises:
+        ValueError: if an index is out of range or outside its run: a kernel reads and writes wherever it points.
+    """
     pattern, in_features, device = packed.pattern, math.prod(packed.shape[1:]), packed.values.device
+    check_layout(packed.layout, packed.shape[0], in_features, name="packed weight")
     v, height = pattern.vector_size, tile_rows(pattern)
     kept = kept_of_runs(pattern, in_features)
     width = padded_kept(pattern, in_features)  # K

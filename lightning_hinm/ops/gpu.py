@@ -1,5 +1,8 @@
 """The ops from fragments: which kernel runs, on what storage, with which arguments.
 
+A kernel trusts the numbers in its index tensors. They are checked once, when the fragments are made: what is written
+into them afterwards could only be seen by waiting for the GPU at each call, and is an access out of bounds.
+
 Shapes: O rows, I columns, N tokens; B images of C channels; K kept vectors of a tile, padded.
 """
 
@@ -13,9 +16,10 @@ from torch import Tensor
 from lightning_hinm import kernels
 from lightning_hinm.ops import cost, product
 from lightning_hinm.ops.cost import ALIGNED, Call, Choice
-from lightning_hinm.ops.fragments import Fragments, kept_of_runs
+from lightning_hinm.ops.fragments import Fragments, kept_of_runs, refusal, sizes
 from lightning_hinm.ops.operands import (
     ACTIVATIONS,
+    EXPANDED,
     Conv2dOperands,
     LinearOperands,
     Operands,
@@ -28,6 +32,7 @@ from lightning_hinm.ops.operands import (
 from lightning_hinm.pattern import HiNMPattern
 
 SHORT = {torch.float16: "f16", torch.bfloat16: "bf16"}
+EXPANSION = slice(LinearOperands._fields.index(EXPANDED[0]), LinearOperands._fields.index(EXPANDED[-1]) + 1)
 PATTERN = slice(LinearOperands._fields.index("vector_size"), LinearOperands._fields.index("window") + 1)
 ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
 MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
@@ -213,5 +218,47 @@ def _bias(operands: Operands) -> Tensor | None:
 
 
 def _fragments(operands: Operands) -> Fragments:
-    """They are passed as the weight's expansion, and whole."""
-    return Fragments(operands.expansion, operands.expansion_metadata, operands.columns, operands.restore)  # type: ignore
+    """They are passed as the weight's expansion, and whole. A kernel trusts their sizes, so these are checked."""
+    weight: Any = operands[EXPANSION]
+    values, metadata, index, rows = weight
+    if isinstance(operands, LinearOperands):
+        in_features = operands.in_features
+    else:
+        in_features = operands.in_channels // operands.groups * operands.kernel_height * operands.kernel_width
+    fields = (operands.vector_size, operands.vector_sparsity, operands.n, operands.m, operands.window)
+    dtype = operands.values.dtype if values is None else values.dtype  # which autocast may have cast
+    expected = _expected(dtype, fields, operands.output_order.shape[0], in_features)
+    # In one expression, because it stands before every launch, which in turn checks that all are on one device.
+    if (
+        values is None
+        or index is None
+        or rows is None
+        or (values.shape, metadata.shape, index.shape, rows.shape) != expected.shapes
+        or (values.dtype, metadata.dtype, index.dtype, rows.dtype) != expected.dtypes
+        or not (values.is_contiguous() and metadata.is_contiguous() and index.is_contiguous() and rows.is_contiguous())
+    ):
+        raise ValueError(_describe_wrong(weight, expected))
+    return Fragments(values, metadata, index, rows)
+
+
+class _Expected(NamedTuple):
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected(dtype: torch.dtype, fields: tuple[Any, ...], rows: int, in_features: int) -> _Expected:
+    """What the fragments of such a weight must be."""
+    pattern = HiNMPattern(*fields)
+    if reason := refusal(pattern, in_features, dtype):
+        raise ValueError(f"hinm: got fragments, but no kernel runs such a weight: {reason}. Call expand_all anew.")
+    return _Expected(sizes(pattern, rows, in_features), (dtype, torch.int32, torch.uint16, torch.int32))
+
+
+def _describe_wrong(weight: tuple[Tensor | None, ...], expected: _Expected) -> str:
+    wrong = []
+    for name, tensor, shape, dtype in zip(EXPANDED, weight, *expected, strict=True):
+        got = "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
+        if tensor is None or tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+            wrong.append(f"{name} is {got}, but must be {dtype} {list(shape)}, contiguous")
+    return f"hinm: {'; '.join(wrong)}. The operands are not of one packed layer."
