@@ -83,7 +83,7 @@ class PackedTwin:
         """
         with torch.inference_mode(False), torch.no_grad():
             packed, bias = self.make(*sources)
-            self.layer.repack(packed)
+            self.layer.take(packed)  # unchecked, because a forward waits for it, and the maker obeys the rules
             if bias is not None:
                 self.layer.bias.copy_(bias)  # type: ignore[operator]
         self._stamps = [_stamp(tensor) for tensor in self._watched(sources)]

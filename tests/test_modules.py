@@ -273,6 +273,33 @@ def test_a_damaged_packed_weight_is_refused() -> None:
         HiNMLinear.from_packed(dense, packed)
 
 
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda packed: packed.vector_index.fill_(3), "HiNMLinear: vector_index names a column twice"),
+        (lambda packed: packed.vector_index.fill_(99), "HiNMLinear: vector_index has columns outside 0..15"),
+        (lambda packed: packed.output_order.fill_(3), "HiNMLinear: output_order is not a permutation"),
+        (lambda packed: packed.metadata.fill_(0), "HiNMLinear: metadata does not rise inside each group"),
+    ],
+)
+def test_a_layer_repacks_no_damaged_weight_and_stays_as_it_was(damage: Any, why: str) -> None:
+    layer, x = to_hinm(pruned(nn.Linear(16, 16))), torch.randn(3, 16)
+    expected, packed = layer(x), copy.deepcopy(layer).packed
+    damage(packed)
+    with pytest.raises(ValueError, match=why):
+        layer.repack(packed)
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_layer_repacks_no_weight_of_another_shape_or_pattern() -> None:
+    layer = to_hinm(pruned(nn.Linear(16, 16)))
+    for other in (pruned(nn.Linear(16, 32)), pruned(nn.Linear(16, 16), HiNMPattern(8, 0.0))):
+        with pytest.raises(
+            ValueError, match=r"HiNMLinear: the packed weight is \[\d+, 16\] of .* Make a new layer of it"
+        ):
+            layer.repack(to_hinm(other).packed)
+
+
 def test_a_packed_weight_of_another_layer_is_refused() -> None:
     dense = pruned(nn.Linear(16, 16))
     with pytest.raises(ValueError, match=r"weight is \[16, 32\].*packed weight is \[16, 16\]"):

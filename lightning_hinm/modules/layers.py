@@ -103,7 +103,24 @@ class HiNMLayer(nn.Module):
         """Takes another weight of the same shape and pattern, in place, so that compiled graphs see it.
 
         By another layout, the backend ``"hinm"`` compiles anew.
+
+        Raises:
+            ValueError: if ``packed`` is of another shape or pattern, or breaks any rule of the packing; then nothing
+                has changed.
         """
+        name = type(self).__name__
+        if (tuple(packed.shape), packed.pattern) != (self.shape, self.pattern):
+            raise ValueError(
+                f"{name}: the packed weight is {list(packed.shape)} of {packed.pattern}, but the layer's is "
+                f"{list(self.shape)} of {self.pattern}. Make a new layer of it."
+            )
+        if not packed.values.is_meta:
+            check_packed(packed, name, groups=self.groups)
+        self.take(packed)
+
+    @torch.no_grad()
+    def take(self, packed: HiNMWeight) -> None:
+        """``repack`` without its checks: for what ``pack`` has just made of a weight of the same layer."""
         self.retained = packed.retained
         for name, tensor in packed.tensors.items():
             self._buffers[name].copy_(tensor)  # type: ignore[union-attr]
