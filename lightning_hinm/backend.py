@@ -273,7 +273,7 @@ def _counts_batches(norm: nn.Module, call: fx.Node) -> bool:
         return True
     try:
         with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.no_grad():
-            asked = copy.deepcopy(norm).cpu().train()
+            asked: Any = copy.deepcopy(norm).cpu().train()
             before, statistics = asked.num_batches_tracked.clone(), asked.running_mean
             shape = (2, len(statistics), *[2] * (call.meta["example_value"].dim() - 2))
             forward(asked, statistics.new_ones(shape))

@@ -21,6 +21,7 @@ def shared_orders(
     pattern: HiNMPattern | Mapping[str, HiNMPattern] | None = None,
     include: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    **named_inputs: Any,
 ) -> list[list[str]]:
     """The sets of layers that ``torch.compile(model, backend="hinm")`` would restore nothing of, had they one order.
 
@@ -32,6 +33,7 @@ def shared_orders(
     Args:
         model: not pruned yet; it is traced in eval mode, and left as it is.
         inputs: what it is called with; shapes are all that matters.
+        named_inputs: the same, by name.
         pattern: as for ``prune``, and so are the others: which layers will be pruned. None: ``HiNMPattern()``.
         include: as for ``prune``.
         ignore: as for ``prune``.
@@ -46,7 +48,7 @@ def shared_orders(
     wanted = {id(layer.weight): layer for layer in layers}
     found: list[set[str]] = []
     graphs: list[_Graph] = []
-    read_graphs(_record_graph, graphs, model, inputs, {})
+    read_graphs(_record_graph, graphs, model, inputs, named_inputs)
     for gm, modules in graphs:
         known = {name: module() for name, module in modules.items()}
         names = {name: layer for name, module in known.items() if module and (layer := wanted.get(id(module.weight)))}

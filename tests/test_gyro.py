@@ -201,13 +201,13 @@ def test_prices_do_not_change_what_an_assignment_is_worth(rows, extra, seed):
     assert worth[0] == pytest.approx(worth[1], abs=1e-9)
 
 
-@given(st.sampled_from(N_M), st.booleans(), st.integers(0, 99))
-def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, pruned, seed):
+@given(st.sampled_from(N_M), st.booleans(), st.integers(1, 3), st.integers(0, 99))
+def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, pruned, most, seed):
     n, m = n_m
     points = torch.rand(2, 4 * m, 3, generator=seeded(seed)) ** 3
     slots = torch.stack([torch.randperm(4 * m, generator=seeded(seed))[: 2 * m] for _ in range(2)]).unflatten(1, (2, m))
     free = torch.ones(2, 4 * m, dtype=torch.bool).scatter(1, slots.flatten(1), False)
-    blocks = Blocks(points, slots, free if pruned else None)
+    blocks = Blocks(points, slots, free if pruned else None, most)
 
     def worth() -> torch.Tensor:
         groups = points[torch.arange(2).view(2, 1, 1), blocks.slots]  # [2, G, m, V]
@@ -245,7 +245,11 @@ def test_what_likely_survives_is_the_saliency_itself_where_nothing_is_pruned_wit
     assert torch.equal(_likely(saliency, HiNMPattern(4, 0.5, 4, 4)), saliency)
     likely = _likely(saliency, HiNMPattern(4, 0.5))
     assert torch.equal(likely.argsort(dim=1), saliency.argsort(dim=1))
-    assert torch.allclose(likely.amax(dim=1), saliency.amax(dim=1) * (11.5 / 12) ** 3)
+    smaller = 1 - torch.exp(-saliency / saliency.mean(dim=1, keepdim=True))
+    assert torch.allclose(likely, saliency * smaller**3)
+    assert not _likely(torch.zeros(2, 12), HiNMPattern(4, 0.5)).any()
+    equal = torch.full((2, 12), 0.5)  # weights that are alike have one chance
+    assert torch.equal(_likely(equal, HiNMPattern(4, 0.5)).unique(), _likely(equal, HiNMPattern(4, 0.5))[0, :1])
 
 
 def problem(saliency: torch.Tensor, pattern: HiNMPattern) -> Problem:

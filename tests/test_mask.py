@@ -67,6 +67,17 @@ def test_ties_keep_exactly_n_and_the_largest():
     assert keep_top(torch.tensor([5.0, 5.0, 5.0, 0.1]), 2).tolist() == [True, True, False, False]
 
 
+@given(st.data(), st.integers(1, 20), st.integers(0, 2))
+def test_what_is_kept_is_what_a_stable_sort_keeps_however_few_there_are(data, size, dim):
+    shape = [3, 4, 5]
+    shape[dim] = size
+    seed, k = data.draw(st.integers(0, 999)), data.draw(st.integers(0, size))
+    values = torch.randint(-1, 4, shape, generator=torch.Generator().manual_seed(seed)).double() / 2
+    best = values.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, k)
+    assert torch.equal(keep_top(values, k, dim=dim), torch.zeros(shape, dtype=torch.bool).scatter(dim, best, True))
+    assert torch.equal(keep_top(values, k, dim=dim - 3), keep_top(values, k, dim=dim))
+
+
 @given(patterns(), saliencies())
 def test_chosen_vectors_have_the_largest_sums_of_their_run_and_make_a_legal_layout(pattern, saliency):
     rows, columns = saliency.shape

@@ -220,6 +220,48 @@ def test_layers_that_cannot_share_an_order_are_refused_at_once_and_nothing_chang
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_rows_that_shall_stay_in_order_do_and_their_vectors_are_searched():
+    torch.manual_seed(0)
+    model = Residual()
+    entries = ["attention", "re:gate|grouped"]
+    free, kept, identity = (
+        prune(copy.deepcopy(model), PATTERN, **arguments)
+        for arguments in ({}, {"in_order": entries}, {"method": "identity", "in_order": entries})
+    )
+    prune(model, PATTERN, in_order=entries)
+    for one, two, three in zip(free.pruned, kept.pruned, identity.pruned, strict=True):
+        order = layout_of(model.get_submodule(two.name)).output_order
+        if two.name in ("attention", "gate", "grouped"):
+            assert torch.equal(order, torch.arange(len(order)))
+            assert three.retained <= two.retained <= one.retained
+            assert two.name == "grouped" or three.retained < two.retained < one.retained  # that has one group a tile
+        else:
+            assert not torch.equal(order, torch.arange(len(order)))
+            assert two.retained == one.retained
+
+
+def test_a_shared_weight_stays_in_order_by_each_of_its_names():
+    model = Residual()
+    prune(model, PATTERN, in_order=["tied"])
+    order = layout_of(model.attention).output_order
+    assert torch.equal(order, torch.arange(len(order)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_order": ["gtae"]}, "in_order: 'gtae' matches no"),
+        ({"in_order": ["gate"], "shared_orders": SETS}, "gate is in `in_order`, so it takes no order from others"),
+    ],
+)
+def test_rows_that_cannot_stay_in_order_are_refused_and_nothing_changes(arguments, message):
+    model = Residual()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune(model, PATTERN, **arguments)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_sets_that_are_no_lists_of_strings_are_refused():
     with pytest.raises(TypeError, match=r"shared_orders\[0\]: got the string 'gate', but it must be a list of strings"):
         prune(Residual(), PATTERN, shared_orders=["gate", "up"])

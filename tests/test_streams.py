@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hinm import HiNMPattern, shared_orders
+from lightning_hinm import HiNMPattern, prune, shared_orders
 from lightning_hinm.passes import absorb_orders_pass
-from tests.graphs import restored, set_orders, sparse_graph
+from tests.graphs import moved, restored, set_orders, sparse_graph
 from tests.networks import NETWORKS
 
 PATTERN = HiNMPattern(8)
@@ -132,6 +132,29 @@ def test_layers_that_share_the_orders_that_are_listed_restore_less(name: str) ->
         absorb_orders_pass(gm)
         left.append(sum(restored(gm)))
     assert left[1] < left[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "in_order"),
+    [
+        ("bert", ["re:.*(query|key|value|output.dense|pooler.dense)$"]),
+        ("gpt2", ["re:.*(c_attn|c_proj)$"]),
+        ("llama", ["re:.*([qkvo]|down)_proj$"]),
+        ("vit", ["re:.*qkv$", "heads"]),
+    ],
+)
+def test_a_transformer_restores_nothing_if_rows_stay_in_order_where_they_are_read_so(
+    name: str, in_order: list[str]
+) -> None:
+    model, inputs = NETWORKS[name].make(), NETWORKS[name].inputs(2)
+    sets = shared_orders(model, pattern=PATTERN, **inputs)  # inputs by name
+    report = prune(model, PATTERN, shared_orders=sets, in_order=in_order)
+    gm, _ = sparse_graph(model, **inputs)
+    before = sum(restored(gm))
+    absorb_orders_pass(gm)
+    assert before > 0 == sum(restored(gm))
+    assert len(restored(gm)) == len(report.pruned)
+    assert len(moved(gm)) == (name == "vit")  # whose class token enters the stream
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,29 @@ never through ``.data``, so that its version counter tells a compiled graph that
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_hinm.prune import PrunableLayer
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuses a strategy that cuts weights into parts: there is no mask of a part.
+
+    Raises:
+        MisconfigurationException: for any but a single device and DDP.
+    """
+    strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+    if not isinstance(strategy, whole) or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
+        raise MisconfigurationException(
+            f"HiNMPruning: got {type(strategy).__name__}, but weights must be whole on every device. "
+            "Use a single device or DDP."
+        )
 
 
 def owned_by(optimizer: Optimizer, layers: Iterable[PrunableLayer]) -> list[PrunableLayer]:

@@ -7,13 +7,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hinm.callback.enforce import mask_averages_, mask_gradients_, mask_weights_, owned_by
+from lightning_hinm.callback.enforce import check_strategy, mask_averages_, mask_gradients_, mask_weights_, owned_by
 from lightning_hinm.callback.state import (
     PruningState,
     check_belongs,
@@ -72,6 +70,7 @@ class HiNMPruning(Callback):
         time_budget: seconds that the search of one update may take, for all layers together; None for no limit.
         shared_orders: sets of layers, each a list of entries as in ``include``, that get one ``output_order``, as in
             ``prune``. A layer that was pruned before the training keeps its own.
+        in_order: layers whose rows stay where they are, as in ``prune``.
 
     Raises:
         ValueError: if an argument has no meaning; all offenders in one message.
@@ -93,6 +92,7 @@ class HiNMPruning(Callback):
         seed: int = 0,
         time_budget: float | None = None,
         shared_orders: Sequence[Sequence[str]] = (),
+        in_order: Sequence[str] = (),
     ) -> None:
         super().__init__()
         wrong = []
@@ -116,6 +116,7 @@ class HiNMPruning(Callback):
         self.seed = seed
         self.time_budget = time_budget
         self.shared_orders = shared_orders
+        self.in_order = in_order
         self._state = PruningState({})
         self._restored = False  # the state came from a checkpoint, and has not been compared with a model yet
         self._stage: str | None = None
@@ -184,7 +185,7 @@ class HiNMPruning(Callback):
                 method=self.method,
                 generator=generator,
                 time_budget=time_budget,
-                output_order=None if layout is None else layout.output_order,
+                output_order=layer.given_order if layout is None else layout.output_order,
                 within=within,
                 progress=lambda so_far: rank_zero_info(f"HiNMPruning: {layer.name}: {so_far}"),
             )
@@ -198,12 +199,7 @@ class HiNMPruning(Callback):
         self._stage = stage
         if stage != "fit":
             return
-        strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-        if not isinstance(strategy, whole) or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
-            raise MisconfigurationException(
-                f"HiNMPruning: got {type(strategy).__name__}, but weights must be whole on every device. "
-                "Use a single device or DDP."
-            )
+        check_strategy(trainer)
         if self._model() is not pl_module and not self._restored:
             self._state = PruningState({})  # another model: anew
         self._model = weakref.ref(pl_module)
@@ -212,7 +208,9 @@ class HiNMPruning(Callback):
     # callback's, and so does the loading of a checkpoint.
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored, self._restored = self._restored, False
-        layers, self._skipped = find_layers(pl_module, self.pattern, include=self.include, ignore=self.ignore)
+        layers, self._skipped = find_layers(
+            pl_module, self.pattern, include=self.include, ignore=self.ignore, in_order=self.in_order
+        )
         sets = find_sets(pl_module, layers, self._skipped, self.shared_orders)
         if not isinstance(self.saliency, str):
             saliencies(layers, self.saliency)

@@ -132,6 +132,7 @@ def search_shared(
     method: str = "exchange",
     generator: torch.Generator | None = None,
     time_budget: float | None = None,
+    output_order: Tensor | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[SearchResult]:
     """``search`` for layers that share one ``output_order``: a result for each, with the same order.
@@ -146,6 +147,7 @@ def search_shared(
         method: as in ``gyro_permute``.
         generator: as in ``gyro_permute``.
         time_budget: seconds for all together.
+        output_order: as in ``search``, of all.
         progress: as in ``search``.
 
     Raises:
@@ -158,7 +160,7 @@ def search_shared(
             f"search_shared: got layers of {rows} rows in tiles of vector_size={sizes}, but one output_order serves "
             "only layers with as many rows and tiles of one size."
         )
-    return _search(saliencies, patterns, groups, method, generator, time_budget, None, None, progress)
+    return _search(saliencies, patterns, groups, method, generator, time_budget, output_order, None, progress)
 
 
 def _search(

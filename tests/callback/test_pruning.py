@@ -199,6 +199,22 @@ def test_layers_that_share_an_order_have_it_from_the_first_update_to_the_last(
         assert all(is_legal(mask, layouts[name]) for name, mask in after.items())
 
 
+@pytest.mark.parametrize("pattern", [PATTERN, HiNMPattern(4, 0.5, 4, 4)], ids=str)
+def test_rows_that_shall_stay_in_order_do_in_every_update(pattern: HiNMPattern) -> None:
+    callback, seen = pruning_of(pattern=pattern, method="exchange", in_order=["net.0"]), []
+
+    def look(trainer: Trainer, model: Any) -> None:
+        seen.append({name: layout.output_order for name, layout in callback.layouts.items()})
+
+    assert_target(fit(callback, Watch(look), model=Stream()), callback, pattern)
+    orders = [each for each in seen if each]
+    assert orders
+    assert all(torch.equal(each["net.0"], torch.arange(24)) for each in orders)
+    assert not torch.equal(orders[-1]["net.2"], torch.arange(24))
+    with pytest.raises(ValueError, match=r"in_order: 'net\.9' matches no"):
+        fit(pruning_of(in_order=["net.9"]), model=Stream())
+
+
 def test_a_layer_outside_all_sets_is_pruned_as_if_there_were_none() -> None:
     alone, beside = (pruning_of(method="exchange", saliency="magnitude", schedule=ONE_SHOT, shared_orders=sets)
                      for sets in ((), SETS))  # fmt: skip

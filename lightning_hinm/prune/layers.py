@@ -1,24 +1,17 @@
-"""Which layers are pruned, and one-shot pruning of any module."""
+"""Which layers are pruned, by their names, and the saliency of each."""
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_hinm.gyro import SearchResult, search_shared
-from lightning_hinm.layout import HiNMLayout
-from lightning_hinm.mask import check_saliency, hinm_mask
+from lightning_hinm.mask import check_saliency
 from lightning_hinm.pattern import HiNMPattern, from_matrix, layer_kind, named_layers, to_matrix
+from lightning_hinm.prune.report import LayerReport
 from lightning_hinm.saliency import magnitude
-
-log = logging.getLogger(__name__)
-
-LAYOUT_ATTRIBUTE = "hinm_layout"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +23,14 @@ class PrunableLayer:
         module: the layer.
         kind: as ``pattern.layer_kind`` tells.
         pattern: the pattern it shall have.
+        in_order: whether its rows stay where they are, and only the vectors are searched.
     """
 
     name: str
     module: nn.Module
     kind: str
     pattern: HiNMPattern
+    in_order: bool = False
 
     @property
     def groups(self) -> int:
@@ -53,146 +48,14 @@ class PrunableLayer:
         """The weight as ``[O, I]``, detached, a view."""
         return to_matrix(self.weight.detach(), self.kind)
 
+    @property
+    def given_order(self) -> Tensor | None:
+        """The ``output_order`` that the search has to take, int64 ``[O]``, or None."""
+        return torch.arange(len(self.matrix)) if self.in_order else None
+
     def to_weight(self, matrix: Tensor) -> Tensor:
         """``[O, I]`` (a mask, say) in the shape of the weight."""
         return from_matrix(matrix, self.kind, tuple(self.weight.shape))
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer. ``reason`` is None where it was pruned, else why it was not.
-
-    ``retained`` is None where it is not known: the layer was pruned before, by somebody who left no layout.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    sparsity: float = 0.0
-    retained: float | None = 1.0
-    seconds: float = 0.0
-    ended_by_budget: bool = False
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class PruningReport:
-    """Every layer that could have been pruned, in the model's order; ``str()`` is a table, ``layers`` is data."""
-
-    layers: tuple[LayerReport, ...]
-
-    @property
-    def pruned(self) -> tuple[LayerReport, ...]:
-        """The layers that were pruned."""
-        return tuple(layer for layer in self.layers if layer.reason is None)
-
-    def __str__(self) -> str:
-        rows = [("layer", "kind", "shape", "sparsity", "retained", "search", "")]
-        for layer in self.layers:
-            shape = "x".join(map(str, layer.shape))
-            if layer.reason is None:
-                ended = "ended by the time budget" if layer.ended_by_budget else ""
-                retained = "-" if layer.retained is None else f"{layer.retained:.4f}"
-                numbers = (f"{layer.sparsity:.4f}", retained, f"{layer.seconds:.2f} s")
-                rows.append((layer.name, layer.kind, shape, *numbers, ended))
-            else:
-                rows.append((layer.name, layer.kind, shape, "-", "-", "-", f"skipped: {layer.reason}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        return "\n".join("  ".join((*map(str.ljust, row, widths), row[6])).rstrip() for row in rows)
-
-
-def prune(
-    model: nn.Module,
-    pattern: HiNMPattern | Mapping[str, HiNMPattern],
-    *,
-    include: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
-    saliency: str | Mapping[str, Tensor] = "magnitude",
-    method: str = "exchange",
-    generator: torch.Generator | None = None,
-    time_budget: float | None = None,
-    shared_orders: Sequence[Sequence[str]] = (),
-) -> PruningReport:
-    """Prunes the weights of ``model`` in place, one-shot: pruned weights are exactly zero, nothing else changes.
-
-    Each pruned layer remembers its layout, so that ``to_hinm`` and ``torch.compile(model, backend="hinm")`` can pack
-    it. Every layer is checked and searched before the first weight is written.
-
-    Args:
-        model: any module.
-        pattern: one pattern, or one for each entry of the same dialect as ``include``; the first that matches holds.
-        include: layers to prune: plain names (a layer, or a container: all layers below it), class names, or ``re:``
-            patterns for ``re.match``. None: all that pay.
-        ignore: layers to leave out, in the same dialect.
-        saliency: ``"magnitude"``, or a tensor of the weight's shape for each layer name.
-        method: the search, as for ``gyro_permute``.
-        generator: randomness of the search.
-        time_budget: seconds for the search of all layers together; None for no limit.
-        shared_orders: sets of layers, each a list of entries as in ``include``, that get one ``output_order``: between
-            layers that write one residual stream, or whose outputs are multiplied, no order is then restored at run
-            time. They are searched together, and retain a little less than with an order each, as the report shows.
-
-    Returns:
-        The report: name, shape, sparsity and retained saliency of every layer, or the reason why it was skipped.
-
-    Raises:
-        ValueError: for an entry that matches nothing, a model with nothing to prune, weights or a saliency that are
-            negative or not finite, a parametrised weight, layers that cannot share an order; all offenders in one
-            message, and nothing was changed.
-    """
-    layers, skipped = find_layers(model, pattern, include=include, ignore=ignore)
-    sets = find_sets(model, layers, skipped, shared_orders)
-    scores = saliencies(layers, saliency)
-    results: dict[str, SearchResult] = {}
-    left = sum(layer.matrix.numel() for layer in layers)
-    for together in sets:
-        share, size = None, sum(layer.matrix.numel() for layer in together)
-        if time_budget is not None:
-            spent = sum(result.seconds for result in results.values())
-            share = max(time_budget - spent, 0.0) * size / left
-        left -= size
-        names = [layer.name for layer in together]
-        found = search_shared(
-            [scores[name] for name in names],
-            [layer.pattern for layer in together],
-            groups=together[0].groups,
-            method=method,
-            generator=generator,
-            time_budget=share,
-            progress=partial(log.info, "prune: %s: %s", ", ".join(names)),
-        )
-        results |= zip(names, found, strict=True)
-    masks = {layer.name: hinm_mask(scores[layer.name], results[layer.name].layout) for layer in layers}
-    reports = {entry.name: entry for entry in skipped}
-    for layer in layers:
-        mask, result = masks[layer.name], results[layer.name]
-        with torch.no_grad():
-            layer.weight.masked_fill_(~layer.to_weight(mask), 0)
-        set_layout(layer, result.layout, model)
-        reports[layer.name] = LayerReport(
-            layer.name,
-            layer.kind,
-            tuple(layer.weight.shape),
-            sparsity=1 - mask.sum().item() / mask.numel(),
-            retained=result.retained,
-            seconds=result.seconds,
-            ended_by_budget=result.ended_by_budget,
-        )
-    return PruningReport(tuple(reports[name] for name in named_layers(model) if name in reports))
-
-
-def set_layout(layer: PrunableLayer, layout: HiNMLayout | None, model: nn.Module) -> None:
-    """Writes (or, with None, removes) the layout on the layer and on every module that shares its weight."""
-    for module in model.modules():
-        if module is layer.module or (layer_kind(module) and module.weight is layer.weight):
-            module.__dict__.pop(LAYOUT_ATTRIBUTE, None)
-            if layout is not None:
-                module.__dict__[LAYOUT_ATTRIBUTE] = layout.to("cpu")
-
-
-def layout_of(module: nn.Module) -> HiNMLayout | None:
-    """The layout that a pruned layer carries, or None."""
-    return module.__dict__.get(LAYOUT_ATTRIBUTE)
 
 
 def find_layers(
@@ -201,6 +64,7 @@ def find_layers(
     *,
     include: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    in_order: Sequence[str] = (),
 ) -> tuple[list[PrunableLayer], list[LayerReport]]:
     """The layers to prune, and a report of those that are not, each with its reason. A shared weight comes once.
 
@@ -212,6 +76,7 @@ def find_layers(
     wrong: list[str] = []
     chosen = _match(model, prunable, include, "include", wrong)
     left_out = _match(model, prunable, ignore, "ignore", wrong) or set()
+    fixed = {id(prunable[name].weight) for name in _match(model, prunable, in_order, "in_order", wrong) or ()}
     patterns: dict[str, HiNMPattern] = {}
     for entry, value in pattern.items() if isinstance(pattern, Mapping) else [(None, pattern)]:
         if not isinstance(value, HiNMPattern):
@@ -257,7 +122,7 @@ def find_layers(
         elif id(weight) in seen:
             reason = f"shares its weight with {seen[id(weight)]!r}, and is pruned with it"
         else:
-            layer = PrunableLayer(name, module, kind, patterns[name])
+            layer = PrunableLayer(name, module, kind, patterns[name], id(weight) in fixed)
             reason = _does_not_pay(layer)
         if reason is not None:
             skipped.append(LayerReport(name, kind, tuple(weight.shape), reason=reason))
@@ -289,8 +154,9 @@ def find_sets(
     """All layers that ``find_layers`` found, those of a set of ``shared_orders`` together, every other by itself.
 
     Raises:
-        ValueError: for entries that match nothing, layers that are not pruned, that are grouped convolutions or in two
-            sets, and sets with different numbers of rows or tiles of different sizes; all offenders in one message.
+        ValueError: for entries that match nothing, layers that are not pruned, whose rows stay in order, that are
+            grouped convolutions or in two sets, and sets with different numbers of rows or tiles of different sizes;
+            all offenders in one message.
     """
     prunable, by_name = named_layers(model), {layer.name: layer for layer in layers}
     reasons = {entry.name: entry.reason for entry in skipped}
@@ -306,6 +172,8 @@ def find_sets(
             members.append(layer)
             if layer.groups > 1:
                 wrong.append(f"{argument}: {name} has groups={layer.groups}, but no row may leave its group")
+            if layer.in_order:
+                wrong.append(f"{argument}: {name} is in `in_order`, so it takes no order from others")
             if set_of.setdefault(name, i) != i:
                 wrong.append(f"{argument}: {name} is in shared_orders[{set_of[name]}] too")
         rows = {layer.name: layer.matrix.shape[0] for layer in members}
