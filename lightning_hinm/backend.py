@@ -33,10 +33,19 @@ from lightning_hinm.passes import (
 )
 from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind
-from lightning_hinm.plan import Workload, decide, workload_of
+from lightning_hinm.plan import decide
 from lightning_hinm.prune import layout_of
-from lightning_hinm.traced import Traced, TracedTensor, copy_graph, guard, guard_layouts, trace_tensors
+from lightning_hinm.traced import (
+    Traced,
+    TracedTensor,
+    copy_graph,
+    find_aliases,
+    guard,
+    guard_layouts,
+    trace_tensors,
+)
 from lightning_hinm.twins import Maker, PackedTwin, repack_all, twin_of, twins_of
+from lightning_hinm.workload import Workload, workload_of
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +106,15 @@ def hinm_backend(
             )
         return inner(gm, example_inputs)
     guard_layouts(traced)
+    aliases = find_aliases(gm, example_inputs, traced)
+    if aliases:
+        warn_once(
+            f"torch.compile(backend='hinm'): {len(aliases)} pruned layers run dense ({_few(list(aliases.values()))}), "
+            "because their weights are reached by another way than the layers' own `weight`. Call the layers instead."
+        )
     if not pruned and not traced.converted:
-        _warn_without_layout(gm)
+        if not aliases:
+            _warn_without_layout(gm)
         return inner(gm, example_inputs)
     reached = {call.weight for call in find_calls(gm)}
     _warn_out_of_reach({each.name: node for node, each in pruned.items() if node not in reached})

@@ -19,21 +19,20 @@ from lightning_hinm.layout import is_in_order
 from lightning_hinm.ops import expanded_bytes, form_of, hinm_conv2d, hinm_linear
 from lightning_hinm.passes import find_calls, find_layer_calls, orders_of
 from lightning_hinm.passes.sparsify import operand
-from lightning_hinm.pattern import layer_kind, plain_name
-from lightning_hinm.plan import (
+from lightning_hinm.pattern import layer_kind, other_kind, plain_name
+from lightning_hinm.plan import LayerPlan, ModelPlan, decide
+from lightning_hinm.prune import PrunableLayer, layout_of
+from lightning_hinm.traced import evaluating, guard_layouts, read_graphs, reading_backend, trace_tensors
+from lightning_hinm.workload import (
     LEAST,
     MOST,
     SECONDS,
-    LayerPlan,
-    ModelPlan,
     Workload,
-    decide,
+    measuring_anew,
     packed_of,
     wait_for,
     workload_of,
 )
-from lightning_hinm.prune import PrunableLayer, layout_of
-from lightning_hinm.traced import evaluating, guard_layouts, read_graphs, reading_backend, trace_tensors
 
 
 class Forward(NamedTuple):
@@ -71,12 +70,13 @@ OUT_OF_REACH = "out of reach of"
 SPARSE_OPS = (hinm_linear, hinm_conv2d)
 
 
+@measuring_anew()
 def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
     """What ``torch.compile(model, backend="hinm")`` does with every layer of a pruned or converted model, and why.
 
-    Two times decide on a layer, dense and sparse, both measured alone, on random numbers: of a small input, or, with
-    inputs, of all its calls in one forward, each in the order and the storage that its graph gives it. With inputs the
-    model is run on them, in eval mode and without gradients:
+    Two times decide on a layer, dense and sparse, both measured there and then, alone and on random numbers: of a small
+    input, or, with inputs, of all its calls in one forward, each in the order and the storage that its graph gives it.
+    With inputs the model is run on them, in eval mode and without gradients:
 
     * in eager mode, to measure the calls of each layer inside the model as it stands, and all that is around them:
       medians of several forwards, whose sum is the time of the whole. On a GPU each layer is waited for, which takes
@@ -94,7 +94,7 @@ def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
     """
     model = getattr(model, "_orig_mod", model)
     named = ((plain_name(path), module) for path, module in model.named_modules())
-    layers = {name: module for name, module in named if layer_kind(module) or packed_of(module)}
+    layers = {name: module for name, module in named if layer_kind(module) or packed_of(module) or other_kind(module)}
     if not inputs and not named_inputs:
         return ModelPlan(tuple(_explain_layers(layers, None, [])))
     with evaluating(model):
@@ -149,9 +149,11 @@ def _explain_layer(
         plan = replace(plan, dense_bytes=math.prod(packed.shape) * packed.values.element_size())
         plan = replace(plan, retained=getattr(layer, "retained", None))
         return _decide_layer(plan, module, packed, shapes, [])
-    kind, layout, weight = str(layer_kind(module)), layout_of(module), layer.weight
+    kind, layout, weight = str(layer_kind(module) or other_kind(module)), layout_of(module), layer.weight
     pattern = None if layout is None else layout.pattern
     plan = LayerPlan(name, kind, tuple(weight.shape), pattern, "dense", "no layout", weight.nbytes, weight.nbytes)
+    if layer_kind(module) is None:
+        return replace(plan, reason=f"{type(module).__name__} has a forward of its own")
     if layout is None:
         return plan
     prunable = PrunableLayer(name, module, kind, layout.pattern)

@@ -10,7 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-HF_CONV1D = "transformers.pytorch_utils.Conv1D"
+# By qualified name: transformers is not imported.
+_KINDS = {
+    "torch.nn.modules.linear.Linear": "linear",
+    "torch.nn.modules.conv.Conv1d": "conv1d",
+    "torch.nn.modules.conv.Conv2d": "conv2d",
+    "transformers.pytorch_utils.Conv1D": "hf_conv1d",
+}
 
 
 @dataclass(frozen=True)
@@ -172,13 +178,23 @@ def layer_kind(module: nn.Module) -> str | None:
     A subclass counts where it computes what its parent computes, that is, with the parent's own ``forward``.
     Hugging Face's ``Conv1D`` (weight ``[in, out]``, addmm) is known by its qualified name: nothing is imported.
     """
-    for parent, kind in ((nn.Linear, "linear"), (nn.Conv1d, "conv1d"), (nn.Conv2d, "conv2d")):
-        if isinstance(module, parent) and type(module).forward is parent.forward:
-            return kind
+    parent, kind = _parent(module)
+    return kind if parent is not None and type(module).forward is vars(parent).get("forward") else None
+
+
+def other_kind(module: nn.Module) -> str | None:
+    """The kind that a subclass with a ``forward`` of its own would have without it; None for any other module."""
+    weighs = isinstance(getattr(module, "weight", None), Tensor)
+    return _parent(module)[1] if weighs and layer_kind(module) is None else None
+
+
+def _parent(module: nn.Module) -> tuple[type | None, str | None]:
+    """The class of prunable layers that a module is, or derives from, and its kind."""
     for base in type(module).__mro__:
-        if f"{base.__module__}.{base.__qualname__}" == HF_CONV1D and type(module).forward is vars(base).get("forward"):
-            return "hf_conv1d"
-    return None
+        kind = _KINDS.get(f"{base.__module__}.{base.__qualname__}")
+        if kind is not None:
+            return base, kind
+    return None, None
 
 
 def to_matrix(weight: Tensor, kind: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
 from lightning_hinm.ops import EXPANDED
-from lightning_hinm.pattern import layer_kind
+from lightning_hinm.pattern import layer_kind, named_layers
 from lightning_hinm.prune import LAYOUT_ATTRIBUTE, layout_of
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,21 @@ def trace_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Traced:
         if isinstance(module, nn.Module) and (module._parameters | module._buffers).get(key) is example:
             traced[node] = TracedTensor(example, key, module, name or type(module).__name__, source)
     return Traced(traced)
+
+
+def find_aliases(gm: fx.GraphModule, example_inputs: Sequence[Any], traced: Traced) -> dict[fx.Node, str]:
+    """The placeholders of weights of pruned layers that are reached as something else: their layers' names."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    scope = InstructionTranslator.current_tx().output.local_scope
+    layers = {}
+    for root in scope.values():
+        if isinstance(root, nn.Module):
+            pruned = ((name, each) for name, each in named_layers(root).items() if layout_of(each) is not None)
+            layers.update({id(each.weight): name for name, each in pruned})
+    placeholders = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    found = {node: layers[id(example)] for node, example in placeholders if id(example) in layers}
+    return {node: name for node, name in found.items() if node not in traced.pruned}
 
 
 def guard_layouts(traced: Traced) -> None:

@@ -19,9 +19,10 @@ from torch.profiler import profile
 import lightning_hinm.backend
 import lightning_hinm.twins
 from lightning_hinm import HiNMPattern, prune, repack, save_hinm, to_hinm
-from lightning_hinm.ops import EXPANDED
-from lightning_hinm.plan import Decision, Workload
+from lightning_hinm.ops import EXPANDED, warn_once
+from lightning_hinm.plan import Decision
 from lightning_hinm.prune import layout_of
+from lightning_hinm.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 PATTERN = HiNMPattern(vector_size=8)
@@ -755,6 +756,34 @@ def test_a_weight_that_is_used_in_another_way_runs_dense_and_is_named() -> None:
         ):
             compiled(model)(x)
         assert_same(compiled(model), model, x, calls=1)
+
+
+def test_a_weight_that_is_reached_by_another_name_runs_dense_and_is_named() -> None:
+    class Aliased(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.own, self.called = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.weights = [self.own.weight]
+            if tied:
+                self.tied = self.own.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.tied if hasattr(self, "tied") else self.weights[0]
+            return self.called(nn.functional.linear(x, weight))
+
+    x = torch.randn(3, 16)
+    for tied in (True, False):
+        warn_once.cache_clear()
+        model = pruned(Aliased(tied))
+        with torch.inference_mode():
+            with pytest.warns(UserWarning, match=r"1 pruned layers run dense \(own\), because .* another way"):
+                compiled(model)(x)
+            assert_same(compiled(model), model, x, calls=1)
+    warn_once.cache_clear()
+    del model.called.hinm_layout  # now no layer in the graph has one
+    with torch.inference_mode(), pytest.warns(UserWarning, match="another way") as record:
+        compiled(model)(x)
+    assert len(record) == 1
 
 
 def test_the_backend_works_as_a_function_where_no_entry_point_is_installed(net: Net) -> None:

@@ -19,8 +19,9 @@ from lightning_hinm.kernels import host
 from lightning_hinm.layout import is_in_order
 from lightning_hinm.ops import hinm_linear
 from lightning_hinm.passes.sparsify import operand
-from lightning_hinm.plan import LayerPlan, ModelPlan, Workload
+from lightning_hinm.plan import LayerPlan, ModelPlan
 from lightning_hinm.prune import layout_of
+from lightning_hinm.workload import Workload
 from tests.test_plan import Net
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -83,6 +84,37 @@ def test_the_product_that_runs_a_layer_on_the_cpu_is_named(net: Net, monkeypatch
     assert [layer.kernel for layer in explain(net).layers] == ["torch"] * 3 + [None]
     sparse_wins(monkeypatch, by=0.5)
     assert [layer.kernel for layer in explain(net).layers] == [None] * 4
+
+
+def test_times_are_measured_there_and_then_and_the_backend_takes_them_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Workload] = []
+
+    def take_turns(workload: Workload) -> tuple[float, float]:
+        asked.append(workload)
+        return float(len(asked)), 1e-3
+
+    monkeypatch.setattr("lightning_hinm.workload._take_turns", take_turns)
+    model, x = pruned(nn.Sequential(nn.Linear(16, 24))), torch.randn(3, 16)
+    first, second = (explain(model, x).layers[0].decision for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert len(set(asked)) == 1, "alone and in its graph, the layer is called alike"
+    assert (first.dense_seconds, second.dense_seconds) == (1.0, 2.0)
+    with torch.inference_mode():
+        torch.compile(model, backend="hinm", options={"inner": "eager"})(x)
+    assert len(asked) == 2
+
+
+def test_a_layer_with_a_forward_of_its_own_is_listed_as_dense(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    plan = explain(nn.Sequential(Doubled(16, 8)), torch.randn(2, 16))
+    (layer,) = plan.layers
+    assert (layer.name, layer.kind, layer.path, layer.shape) == ("0", "linear", "dense", (8, 16))
+    assert layer.reason == "Doubled has a forward of its own"
+    assert layer.calls == 1
 
 
 def test_a_losing_layer_stays_dense_with_its_bytes(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_hinm.pattern import HiNMPattern, from_matrix, layer_kind, to_matrix
+from lightning_hinm.pattern import HiNMPattern, from_matrix, layer_kind, other_kind, to_matrix
 from tests.strategies import patterns
 
 
@@ -138,6 +138,7 @@ class OwnForward(nn.Linear):
 )
 def test_layer_kind_knows_what_is_prunable(module, kind):
     assert layer_kind(module) == kind
+    assert other_kind(module) == ("linear" if isinstance(module, OwnForward) else None)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(6, 8), nn.Conv1d(4, 8, 3), nn.Conv2d(4, 8, (3, 2), groups=2), Conv1D()])

@@ -200,7 +200,7 @@ def test_a_shared_order_costs_a_little_of_what_is_retained():
         ([["attention", "head"]], r"head is not pruned: 2 rows are less than one tile"),
         ([["attention", "wide"]], r"one order needs one vector_size, but the layers have .*'wide': 8"),
         ([["attention", "left_out"]], r"left_out is not pruned: in `ignore`"),
-        ([["attention", "normed"]], r"normed is not pruned: its weight is parametrised"),
+        ([["attention", "normed"]], r"normed is not pruned: in `ignore`"),
         ([["attention", "grouped"], ["gate", "head"]], r"(?s)shared_orders\[0\]: .*shared_orders\[1\]: "),
     ],
 )
@@ -329,6 +329,22 @@ def test_include_takes_names_containers_classes_and_expressions(include, expecte
 def test_ignore_speaks_the_same_dialect():
     assert names(Net(), ignore=["Conv2d", "block.0"]) == ["block.2", "line"]
     assert reasons(Net(), ignore=["conv"])["conv"] == "in `ignore`"
+
+
+def test_layers_that_cannot_be_read_are_listed_too():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight - self.weight.mean())
+
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    model = nn.Sequential(Standardised(4, 8, 3), nn.Linear(16, 16), parametrised)
+    report = prune(model, PATTERN, ignore=["2"])
+    assert [(entry.name, entry.kind) for entry in report.layers] == [("0", "conv2d"), ("1", "linear"), ("2", "linear")]
+    assert report.layers[0].reason == (
+        "Standardised has a forward of its own: what it does with its weight is not known"
+    )
+    assert report.layers[2].reason == "in `ignore`"
+    assert reasons(model, include=["1"])["2"] == "not in `include`"
 
 
 def test_all_entries_that_match_nothing_stand_in_one_message():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_hinm.gyro import SearchResult, search_shared
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.mask import hinm_mask
-from lightning_hinm.pattern import HiNMPattern, layer_kind, named_layers
+from lightning_hinm.pattern import HiNMPattern, layer_kind, plain_name
 from lightning_hinm.prune.layers import PrunableLayer, find_layers, find_sets, saliencies
 from lightning_hinm.prune.report import LayerReport, PruningReport
 
@@ -114,7 +114,8 @@ def prune(
             seconds=result.seconds,
             ended_by_budget=result.ended_by_budget,
         )
-    return PruningReport(tuple(reports[name] for name in named_layers(model) if name in reports))
+    paths = (plain_name(path) for path, _ in model.named_modules())
+    return PruningReport(tuple(reports[name] for name in paths if name in reports))
 
 
 def set_layout(layer: PrunableLayer, layout: HiNMLayout | None, model: nn.Module) -> None:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_hinm.mask import check_saliency
-from lightning_hinm.pattern import HiNMPattern, from_matrix, layer_kind, named_layers, to_matrix
+from lightning_hinm.pattern import (
+    HiNMPattern,
+    from_matrix,
+    layer_kind,
+    named_layers,
+    other_kind,
+    plain_name,
+    to_matrix,
+)
 from lightning_hinm.prune.report import LayerReport
 from lightning_hinm.saliency import magnitude
 
@@ -103,6 +111,8 @@ def find_layers(
                     f"{name}: its weight is parametrised or not a plain parameter, but masks are written into the "
                     "weight itself. Remove the parametrisation first, or add the layer to `ignore`"
                 )
+            told = "in `ignore`" if name in left_out else "not in `include`"
+            skipped.append(LayerReport(name, kind, tuple(module.weight.shape), reason=told))  # type: ignore[arg-type]
             continue
         weight: Tensor = module.weight  # type: ignore[assignment]
         if isinstance(weight, nn.parameter.UninitializedParameter):
@@ -134,6 +144,11 @@ def find_layers(
         elif not weight.detach().isfinite().all():
             bad = (~weight.detach().isfinite()).sum().item()
             wrong.append(f"{name}: {bad} of {weight.numel()} weights are NaN or infinite. Load or initialise it again")
+    for path, module in model.named_modules():
+        other = other_kind(module)
+        if other is not None:
+            told = f"{type(module).__name__} has a forward of its own: what it does with its weight is not known"
+            skipped.append(LayerReport(plain_name(path), other, tuple(module.weight.shape), reason=told))
     if wrong:
         raise ValueError("Nothing was pruned:\n  " + "\n  ".join(wrong))
     if not layers:
@@ -167,7 +182,7 @@ def find_sets(
         for name in sorted(_match(model, prunable, entries, argument, wrong) or ()):
             layer = by_name.get(name)
             if layer is None:
-                wrong.append(f"{argument}: {name} is not pruned: {reasons.get(name, 'its weight is parametrised')}")
+                wrong.append(f"{argument}: {name} is not pruned: {reasons[name]}")
                 continue
             members.append(layer)
             if layer.groups > 1:
