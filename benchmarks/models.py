@@ -41,8 +41,9 @@ from torch.profiler import profile
 from benchmarks.cpu import commit
 from benchmarks.gpu.record import Record
 from benchmarks.timing import take_turns
-from lightning_hinm import HiNMPattern, explain, plan, prune
+from lightning_hinm import HiNMPattern, explain, prune
 from lightning_hinm.prune import layout_of
+from lightning_hinm.workload import measuring_anew
 from recipes.assets import cache_folder
 from recipes.minilm import MODEL, MiniLM
 
@@ -199,6 +200,7 @@ def warm_up() -> None:
     torch.compiler.reset()
 
 
+@measuring_anew()  # once: explain shows the times by which the model was compiled
 def measure(
     name: str,
     network: Network,
@@ -211,7 +213,6 @@ def measure(
 ) -> Row:
     """Compiles a copy of ``pruned`` both ways, compares the outputs, and times both."""
     model = copy.deepcopy(pruned)  # with layouts of its own, for which nothing was packed yet
-    plan.measure.cache_clear()
     inputs = network.inputs(batch)
     sides = {"dense": torch.compile(model), "hinm": torch.compile(model, backend="hinm")}
     outputs, compiled_in = {}, {}

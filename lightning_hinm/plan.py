@@ -1,72 +1,27 @@
-"""Which layers run sparse and which dense, and why: decided by timing both on random numbers of the layer's shapes.
+"""Which layers run sparse and which dense, and why: decided by the times of both.
 
 Shapes: O rows, I columns.
 """
 
-import functools
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from lightning_hinm import kernels
-from lightning_hinm.format import HiNMWeight, random_weight
-from lightning_hinm.ops import cost, expand_all, hinm_conv2d, hinm_linear
+from lightning_hinm.ops import cost
 from lightning_hinm.ops.cost import Choice
 from lightning_hinm.ops.fragments import refusal
-from lightning_hinm.pattern import HiNMPattern, layer_kind
-from lightning_hinm.prune import layout_of
+from lightning_hinm.pattern import HiNMPattern
+from lightning_hinm.workload import TOKENS, Workload, measure
 
-# What a layer is timed on when no input is known: one short batch of tokens, or one small image.
-TOKENS, PIXELS = 128, (14, 14)
+__all__ = ["COLUMNS", "TOKENS", "Decision", "LayerPlan", "ModelPlan", "decide", "predict"]
+
 # Sparse must win by more than the noise of a measurement, and on a CPU by more than what a layer may lose in a graph,
 # where Inductor fuses less with it: a tie leaves the layer as it is.
 MARGINS = {"cpu": 0.8}
 MARGIN = 0.95  # elsewhere
-SECONDS, LEAST, MOST = 0.1, 3, 25  # a measurement ends after this time, but has at least so many repetitions
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One call of a pruned layer: all that its time depends on.
-
-    Args:
-        shape: of the weight, ``[O, I]`` or ``[O, C, kh, kw]``.
-        pattern: the pattern it obeys.
-        input_shape: ``[..., I]`` or ``[B, C, H, W]``.
-        dtype: of weight and input.
-        device: of both.
-        stride: of a convolution, and so on.
-        padding: zeros on both sides.
-        dilation: as for ``F.conv2d``.
-        groups: channel groups of a convolution.
-        threads: of the CPU.
-        restored: whether the rows are written back in the order of the channels: no reader has absorbed theirs.
-        feature_major: whether the input of a linear layer lies so.
-        feature_major_out: whether its result shall.
-        channels_last: whether the images of a convolution lie so, then its result too.
-    """
-
-    shape: tuple[int, ...]
-    pattern: HiNMPattern
-    input_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    threads: int = 1
-    restored: bool = True
-    feature_major: bool = False
-    feature_major_out: bool = False
-    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,34 +213,6 @@ COLUMNS = (
 )
 
 
-def workload_of(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Workload:
-    """The workload of a pruned or a packed layer on an input of that shape; a small one if it is None."""
-    packed, layout = packed_of(module), layout_of(module)
-    if packed is not None:
-        kind, shape, pattern, like = str(module.kind), packed.shape, packed.pattern, packed.values
-    elif layout is not None:
-        kind, pattern, like = layer_kind(module) or "", layout.pattern, module.weight  # type: ignore[assignment]
-        shape = tuple(like.shape)[::-1] if kind == "hf_conv1d" else tuple(like.shape)
-    else:
-        raise ValueError(f"{type(module).__name__}: has no layout, so it has no sparse workload. Prune it first.")
-    common: dict[str, Any] = {"pattern": pattern, "dtype": like.dtype, "device": like.device}
-    common["threads"] = torch.get_num_threads()
-    if kind in ("linear", "hf_conv1d"):
-        return Workload(shape, input_shape=input_shape or (TOKENS, shape[1]), **common)
-    kernel, dilation, stride = shape[2:], tuple(module.dilation), tuple(module.stride)  # type: ignore[arg-type]
-    given: Any = module.padding
-    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    padding = tuple(given) if not isinstance(given, str) else tuple(r // 2 if given == "same" else 0 for r in reach)
-    input_shape = input_shape or (1, shape[1] * int(module.groups), *PIXELS[: len(kernel)])  # type: ignore[arg-type]
-    if len(kernel) == 1:  # a Conv1d is a Conv2d over images of height 1
-        shape, input_shape = (*shape[:2], 1, *kernel), (*input_shape[:-1], 1, input_shape[-1])
-        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-    groups = int(module.groups)  # type: ignore[arg-type]
-    return Workload(
-        shape, input_shape=input_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, **common
-    )
-
-
 def decide(*workloads: Workload) -> Decision:
     """Sparse where all these calls of one layer together win by more than noise, else dense."""
     times = [measure(workload) for workload in workloads]
@@ -301,92 +228,34 @@ def decide(*workloads: Workload) -> Decision:
 
 def predict(workload: Workload) -> dict[str, Choice]:
     """By path, the kernel on a GPU, its roof and the time that follows; empty where no kernel runs the layer."""
-    shape, device, pattern = workload.shape, workload.device, workload.pattern
-    if kernels.refusal(device) or refusal(pattern, math.prod(shape[1:]), workload.dtype):
+    device = workload.device
+    if kernels.refusal(device) or refusal(workload.pattern, math.prod(workload.shape[1:]), workload.dtype):
         return {}
-    gpu = cost.gpu_of(device)
-    if len(shape) == 2:
-        storage = workload.feature_major, workload.feature_major_out
-        call = cost.Call(pattern, *shape, math.prod(workload.input_shape[:-1]), *storage)
-    else:
-        *_, height, width = workload.input_shape
-        spatial = zip((height, width), shape[2:], workload.stride, workload.padding, workload.dilation, strict=True)
-        out = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in spatial]
-        images, pixels = math.prod(workload.input_shape[:-3]), math.prod(out)
-        pointwise = shape[2:] == (1, 1) and not any(workload.padding)
-        if pointwise and workload.groups == 1 and workload.channels_last:  # a linear layer
-            call = cost.Call(pattern, shape[0], shape[1], images * pixels)
-        else:
-            direct = pointwise and workload.stride == (1, 1) and pixels % cost.ALIGNED == 0
-            planes = 0 if direct else 2 * shape[3] * math.prod(workload.input_shape) // workload.stride[1]
-            if not direct:
-                pixels = out[0] * -(-out[1] // cost.ALIGNED) * cost.ALIGNED
-            tokens = images * -(-pixels // cost.GATHER_TOKENS) * cost.GATHER_TOKENS  # a block takes pixels of one image
-            call = cost.Call(pattern, shape[0], math.prod(shape[1:]), tokens, planes=planes)
+    gpu, call = cost.gpu_of(device), _call_of(workload)
     choice = cost.choose_kernel(call, kernels.shared_limit(device), gpu)
     return {} if choice is None else {"sparse": choice, "dense": cost.predict_dense(call, gpu)}
 
 
-@functools.cache
-def measure(workload: Workload) -> tuple[float, float]:
-    """Seconds of one call, dense and sparse, alternating; a shape is measured once in a process.
-
-    The shortest of each counts: whatever else the machine does can only make a call longer.
-    """
-    with torch.inference_mode():  # in which a compiled model is meant to run: autograd would add to the sparse call
-        calls = _calls(workload)
-        times: tuple[list[float], list[float]] = ([], [])
-        end = math.inf
-        while len(times[0]) < LEAST or (len(times[0]) < MOST and time.perf_counter() < end):
-            for call, record in zip(calls, times, strict=True):
-                record.append(_seconds(call, workload.device))
-            if end == math.inf:  # the first round is warm-up
-                end = time.perf_counter() + SECONDS
-                times[0].clear(), times[1].clear()  # type: ignore[func-returns-value]
-    return min(times[0]), min(times[1])
-
-
-def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The dense and the sparse call on random numbers; no global seed is read or set."""
-    generator = torch.Generator(workload.device).manual_seed(0)
-
-    def numbers(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=workload.device).to(workload.dtype)
-
-    shape, pattern, groups = workload.shape, workload.pattern, workload.groups
-    x, weight, bias = numbers(*workload.input_shape), numbers(*shape), numbers(shape[0])
-    packed = random_weight(shape, pattern, workload.dtype, generator, groups=groups, restored=workload.restored)
-    operands = (*packed.tensors.values(), bias, *expand_all(packed, groups=groups).values())
+def _call_of(workload: Workload) -> cost.Call:
+    shape, pattern = workload.shape, workload.pattern
     if len(shape) == 2:
-        stored = x.movedim(-1, 0).contiguous().movedim(0, -1) if workload.feature_major else x
-        tail = (shape[1], *pattern.fields, "none", workload.feature_major_out)
-        return (lambda: F.linear(x, weight, bias)), (lambda: hinm_linear(stored, *operands, *tail))
-    x = x.to(memory_format=torch.channels_last) if workload.channels_last else x
-    spatial = (workload.stride, workload.padding, workload.dilation)
-    geometry = (shape[1] * groups, *shape[2:], *(size for pair in spatial for size in pair), groups)
-    return (
-        lambda: F.conv2d(x, weight, bias, *spatial, groups),
-        lambda: hinm_conv2d(x, *operands, *geometry, *pattern.fields),
-    )
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    call()
-    wait_for(device)
-    return time.perf_counter() - start
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def packed_of(module: nn.Module) -> HiNMWeight | None:
-    """The packed weight of a converted layer; asked by name, since the modules stand above the plan."""
-    packed = getattr(module, "packed", None)
-    return packed if isinstance(packed, HiNMWeight) else None
+        storage = workload.feature_major, workload.feature_major_out
+        return cost.Call(pattern, *shape, math.prod(workload.input_shape[:-1]), *storage)
+    *_, height, width = workload.input_shape
+    spatial = zip((height, width), shape[2:], workload.stride, workload.padding, workload.dilation, strict=True)
+    out = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in spatial]
+    images, numbers = math.prod(workload.input_shape[:-3]), math.prod(workload.input_shape)
+    pixels = plane = math.prod(out)
+    pointwise = shape[2:] == (1, 1) and not any(workload.padding)
+    if pointwise and workload.groups == 1 and workload.channels_last:  # a linear layer
+        return cost.Call(pattern, shape[0], shape[1], images * pixels)
+    shifted = 0
+    if not (pointwise and workload.stride == (1, 1) and pixels % cost.ALIGNED == 0):
+        shifted = 2 * shape[3] * numbers // workload.stride[1]
+        plane = out[0] * -(-out[1] // cost.ALIGNED) * cost.ALIGNED
+    tokens = images * -(-plane // cost.GATHER_TOKENS) * cost.GATHER_TOKENS  # a block takes pixels of one image
+    planes = cost.Planes(numbers, images * pixels, shifted)
+    return cost.Call(pattern, shape[0], math.prod(shape[1:]), tokens, planes=planes)
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_hinm import HiNMPattern, kernels
 from lightning_hinm.ops import cost
-from lightning_hinm.ops.cost import Call, choose_kernel, list_kernels, predict_dense
+from lightning_hinm.ops.cost import Call, Planes, choose_kernel, list_kernels, predict_dense
 from lightning_hinm.ops.figures import GPUS, estimate
 from lightning_hinm.ops.fragments import padded_kept
 
@@ -88,9 +88,23 @@ def test_without_windows_the_windowed_kernel_holds_all_columns() -> None:
 
 
 def test_a_convolution_is_for_the_gather_kernel() -> None:
-    assert kernels_of(Call(HiNMPattern(), 64, 576, 3136, planes=0)) == ["gather_128"]
-    few, many = (Call(HiNMPattern(), 64, 576, 3136, planes=planes) for planes in (0, 10**9))
+    call = Call(HiNMPattern(), 64, 576, 3136, planes=Planes(64 * 3136, 3136, 0))
+    assert kernels_of(call) == ["gather_128"]
+    few, many = (replace(call, planes=replace(call.planes, shifted=shifted)) for shifted in (0, 10**9))  # type: ignore[type-var]
     assert list_kernels(few, LIMIT, H100)[0].seconds < list_kernels(many, LIMIT, H100)[0].seconds
+
+
+def test_a_convolution_reads_its_images_once_and_computes_its_pixels_only() -> None:
+    images, pixels = 4 * 64 * 56 * 56, 4 * 56 * 56
+    call = Call(HiNMPattern(), 64, 576, 4 * 3200, planes=Planes(images, pixels, 0))
+    slow = replace(H100, memory=1.0)
+    assert predict_dense(call, slow).seconds == 2 * (64 * 576 + images + 64 * pixels)
+    assert predict_dense(call, replace(H100, dense=1.0)).seconds == 2 * 64 * 576 * pixels
+    (sparse,) = list_kernels(call, LIMIT, slow)
+    weight = 64 * padded_kept(call.pattern, 576) * 9 // 8 + padded_kept(call.pattern, 576) * 2
+    assert sparse.seconds == weight + 2 * (images + 64 * pixels)
+    (planes,) = list_kernels(replace(call, planes=Planes(images, pixels, 1000)), LIMIT, slow)
+    assert planes.seconds == pytest.approx(sparse.seconds + 2 * 1000, rel=1e-9)  # written, and read again
 
 
 @pytest.mark.parametrize("vector_size", [32, 64, 128])

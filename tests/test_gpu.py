@@ -21,7 +21,8 @@ from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import cost, expand_all, gpu
 from lightning_hinm.ops.cost import Call, Choice
 from lightning_hinm.ops.operands import ACTIVATIONS, activate
-from lightning_hinm.plan import Workload, measure, predict
+from lightning_hinm.plan import predict
+from lightning_hinm.workload import Workload, measure, measuring_anew
 from tests.ptx import Fault
 from tests.ptx.device import Emulator, emulated, relative_error
 from tests.ptx.mutate import MISTAKES, entry_text, mutants
@@ -600,10 +601,8 @@ def test_explain_predicts_the_dense_path_where_that_is_chosen() -> None:
 
 def test_layers_are_timed_on_their_kernels() -> None:
     workload = Workload((64, 64), HiNMPattern(32, 0.5), (3, 64), torch.float16, torch.device("cpu"))
-    with emulated() as emulator:
-        measure.cache_clear()
+    with emulated() as emulator, measuring_anew():
         assert all(seconds > 0 for seconds in measure(workload))
-        measure.cache_clear()
     assert set(emulator.launched) == {"decode_f16_8"}
 
 

@@ -30,14 +30,17 @@ ALLOWED: dict[str, set[str]] = {
     # inference arm
     "kernels": {"cache"},
     "ops": {"pattern", "layout", "format", "kernels", "cache"},
-    "plan": {"pattern", "layout", "format", "prune", "kernels", "ops"},
-    "modules": {"pattern", "layout", "format", "prune", "ops", "plan"},
+    "workload": {"pattern", "format", "prune", "ops"},
+    "plan": {"pattern", "kernels", "ops", "workload"},
+    "modules": {"pattern", "layout", "format", "prune", "ops", "plan", "workload"},
     "store": {"pattern", "format", "prune", "modules"},
     "passes": {"pattern", "layout", "format", "kernels", "ops", "modules", "plan"},
     "twins": {"layout", "format", "modules"},
     "traced": {"pattern", "ops", "modules", "prune"},
-    "backend": {"pattern", "layout", "format", "prune", "ops", "modules", "plan", "passes", "twins", "traced"},
-    "explain": {"pattern", "layout", "format", "prune", "ops", "plan", "passes", "traced", "backend"},
+    "backend": {
+        "pattern", "layout", "format", "prune", "ops", "modules", "plan", "workload", "passes", "twins", "traced",
+    },
+    "explain": {"pattern", "layout", "format", "prune", "ops", "plan", "workload", "passes", "traced", "backend"},
     "streams": {"pattern", "prune", "passes", "traced"},
     # training arm
     "callback": {"pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune", "metrics"},

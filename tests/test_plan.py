@@ -1,17 +1,19 @@
 """What runs sparse and what dense: no test here depends on which of the two is faster."""
 
-import itertools
 import json
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hinm import HiNMPattern, prune, to_hinm
-from lightning_hinm.ops import hinm_conv2d, hinm_linear
-from lightning_hinm.plan import COLUMNS, Decision, LayerPlan, ModelPlan, Workload, decide, measure, workload_of
+from lightning_hinm import HiNMPattern, prune
+from lightning_hinm.ops import cost
+from lightning_hinm.plan import COLUMNS, Decision, LayerPlan, ModelPlan, decide, predict
+from lightning_hinm.workload import Workload
+from tests.ptx.device import emulated
 
 PATTERN = HiNMPattern(vector_size=8)
 CPU = torch.device("cpu")
@@ -62,75 +64,22 @@ def test_all_calls_of_a_layer_are_decided_together(monkeypatch: pytest.MonkeyPat
     assert decision.calls == "2 calls of 4x16, 9x16"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["linear", "conv1", "conv2"])
-def test_every_kind_of_layer_can_be_timed(net: Net, name: str, dtype: torch.dtype) -> None:
-    workload = workload_of(net.get_submodule(name).to(dtype))
-    assert workload.dtype == dtype
-    assert all(seconds > 0 for seconds in measure(workload))
-    assert measure(workload) == measure(workload)  # once in a process
-
-
-def test_a_layer_is_timed_in_the_storage_and_the_order_that_a_graph_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, ...]] = []
-
-    def record(x: torch.Tensor, *operands: Any) -> torch.Tensor:
-        seen.append((x.stride(1) != 1, operands[-1], operands[8].numel() > 0))  # operands[8]: restore
-        return hinm_linear(x, *operands)
-
-    monkeypatch.setattr("lightning_hinm.plan.hinm_linear", record)
-    for flags in itertools.product([False, True], repeat=3):
-        reads, writes, restored = flags
-        storage = {"restored": restored, "feature_major": reads, "feature_major_out": writes}
-        measure(Workload((24, 20), PATTERN, (3, 20), torch.float32, CPU, **storage))
-        assert seen.pop() == flags
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_both_sides_are_timed_on_images_as_they_lie(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-    for name, function in (("hinm_conv2d", hinm_conv2d), ("F.conv2d", F.conv2d)):
-
-        def record(x: torch.Tensor, *operands: Any, function: Any = function) -> torch.Tensor:
-            out = function(x, *operands)
-            seen.extend(each.is_contiguous(memory_format=torch.channels_last) for each in (x, out))
-            return out
-
-        monkeypatch.setattr(f"lightning_hinm.plan.{name}", record)
-    measure(
-        Workload((24, 20, 1, 1), PATTERN, (2, 20, 3, 3), torch.float32, CPU, (1, 1), (0, 0), (1, 1), channels_last=last)
-    )
-    assert seen
-    assert set(seen) == {last}
-
-
-def test_what_else_the_machine_does_now_and_then_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = itertools.cycle((2.0, 9.0, 8.0, 1.0, 9.0, 9.0))  # dense, sparse, dense, ...
-    monkeypatch.setattr("lightning_hinm.plan._seconds", lambda call, device: next(seconds))
-    assert measure(Workload((24, 20), PATTERN, (5, 20), torch.float32, CPU)) == (2.0, 1.0)
-
-
-def test_a_measurement_leaves_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
-    measure(Workload((24, 20), PATTERN, (3, 20), torch.float32, CPU))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("name", ["linear", "conv1", "conv2"])
-def test_a_packed_layer_has_the_workload_of_the_dense_one(net: Net, name: str) -> None:
-    converted = to_hinm(net)
-    assert workload_of(net.get_submodule(name)) == workload_of(converted.get_submodule(name))
-
-
-def test_a_conv1d_is_timed_as_a_conv2d_over_images_of_height_1(net: Net) -> None:
-    workload = workload_of(net.conv1, (5, 8, 20))
-    assert (workload.shape, workload.input_shape) == ((16, 4, 1, 3), (5, 8, 1, 20))
-    assert (workload.stride, workload.padding, workload.dilation, workload.groups) == ((1, 1), (0, 1), (1, 1), 2)
-
-
-def test_a_layer_without_a_layout_has_no_workload() -> None:
-    with pytest.raises(ValueError, match="Linear: has no layout"):
-        workload_of(nn.Linear(8, 8))
+def test_a_convolution_is_predicted_on_its_real_pixels() -> None:
+    """Tokens that the gather kernel pads are no work of the dense layer, nor does anything read an image nine times."""
+    pattern, cpu = HiNMPattern(32, 0.5), torch.device("cpu")
+    image = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    conv = Workload((512, 512, 3, 3), pattern, (64, 512, 7, 7), torch.float16, cpu, **image)
+    with emulated():
+        gpu = cost.gpu_of(cpu)
+        found = predict(conv)
+        slow = replace(gpu, memory=1.0)
+        with mock.patch.object(cost, "gpu_of", return_value=slow):
+            moved = predict(conv)
+    assert found["dense"].seconds == pytest.approx(2 * 512 * 4608 * 64 * 49 / gpu.dense)
+    numbers = 64 * 512 * 49  # of the images that come in, and as many go out
+    assert moved["dense"].seconds == 2 * (512 * 4608 + 2 * numbers)
+    weight = 512 * 2304 * 9 // 8 + 16 * 2304 * 2
+    assert moved["sparse"].seconds == pytest.approx(weight + 2 * 2 * numbers + 2 * 2 * 3 * numbers)  # three planes
 
 
 def layer(path: str, measured: float | None, **given: Any) -> LayerPlan:

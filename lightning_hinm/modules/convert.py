@@ -15,8 +15,9 @@ from lightning_hinm.format import HiNMWeight, pack
 from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.modules.layers import HiNMConv2d, HiNMLayer, HiNMLinear
 from lightning_hinm.pattern import layer_kind
-from lightning_hinm.plan import ModelPlan, decide, workload_of
+from lightning_hinm.plan import ModelPlan, decide
 from lightning_hinm.prune import layout_of
+from lightning_hinm.workload import workload_of
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ Shapes: O rows, I columns, N tokens, T tiles of V rows, K kept vectors of a tile
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_hinm.ops.figures import Gpu, gpu_of
 from lightning_hinm.ops.fragments import padded_kept, tile_rows
@@ -21,6 +21,21 @@ WINDOWED_RATE = 0.7
 
 
 @dataclass(frozen=True)
+class Planes:
+    """The images of a convolution.
+
+    Args:
+        numbers: of all images that come in.
+        pixels: of all that come out, without what pads the kernel's tokens.
+        shifted: bytes of the shifted planes that are made of them, 0 where the images are read as they lie.
+    """
+
+    numbers: int
+    pixels: int
+    shifted: int
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of a packed layer.
 
@@ -28,10 +43,10 @@ class Call:
         pattern: of the weight.
         rows: of the weight.
         in_features: columns of the weight, of one group in a grouped convolution.
-        tokens: of a linear layer; of a convolution, the pixels of all its output images.
+        tokens: of a linear layer; of a convolution, the pixels of all its output images, as the kernel pads them.
         feature_major: whether a linear layer's input lies so.
         feature_major_out: whether its result shall.
-        planes: of a convolution the bytes of its shifted planes, 0 where the images are read as they lie; None: linear.
+        planes: of a convolution; None: linear.
     """
 
     pattern: HiNMPattern
@@ -40,7 +55,18 @@ class Call:
     tokens: int
     feature_major: bool = False
     feature_major_out: bool = False
-    planes: int | None = None
+    planes: Planes | None = field(default=None, kw_only=True)
+
+    @property
+    def outputs(self) -> int:
+        """N without padding."""
+        return self.tokens if self.planes is None else self.planes.pixels
+
+    @property
+    def moved(self) -> int:
+        """Bytes that any kernel reads of the input and writes of the result, each once."""
+        numbers = self.tokens * self.in_features if self.planes is None else self.planes.numbers
+        return 2 * (numbers + self.outputs * self.rows)
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens of a {self.rows}x{self.in_features} layer, {self.pattern}"
@@ -75,8 +101,11 @@ def list_kernels(call: Call, shared_limit: int, gpu: Gpu) -> list[Choice]:
 
 def predict_dense(call: Call, gpu: Gpu) -> Choice:
     """The dense layer on the GPU's BLAS."""
-    o, i, n = call.rows, call.in_features, call.tokens
-    roofs = {"memory": 2 * (o * i + n * (i + o)) / gpu.memory, "tensor cores": 2 * o * i * n / gpu.dense}
+    weight = call.rows * call.in_features
+    roofs = {
+        "memory": (2 * weight + call.moved) / gpu.memory,
+        "tensor cores": 2 * weight * call.outputs / gpu.dense,
+    }
     return Choice("BLAS", 0, 0, *_tightest(roofs, gpu))
 
 
@@ -96,7 +125,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         # The last wave of blocks takes as long as a full one.
         waves = -(-blocks // gpu.multiprocessors) * gpu.multiprocessors / max(blocks, 1)
         roofs = {
-            "memory": (weight + 2 * n * (call.in_features + call.rows) + extra[0]) / gpu.memory,
+            "memory": (weight + call.moved + extra[0]) / gpu.memory,
             "L2": (wide * weight + blocks * tokens * read * 2) / gpu.l2 * waves,
             "tensor cores": rows * kept * wide * tokens / (rate * gpu.sparse) * waves,
         }
@@ -125,7 +154,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         turns = [turned for turned, lies_so in ways if not lies_so]
         extra = (sum(turns), len(turns))
     else:
-        extra = (2 * call.planes, 1 if call.planes else 0)
+        extra = (2 * call.planes.shifted, 1 if call.planes.shifted else 0)
     shared = gather_shared(height, kept)
     yield predict("gather", GATHER_TOKENS, height, shared, kept, extra)
 
