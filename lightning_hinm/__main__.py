@@ -163,12 +163,20 @@ def tune(args: list[str]) -> None:
         "python -m lightning_hinm tune", description="Measure what bounds the GPU kernels."
     )
     parser.add_argument("--device", default="cuda", help="a CUDA device, e.g. cuda:1")
-    device = torch.device(parser.parse_args(args).device)
+    name = parser.parse_args(args).device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.exit(2, f"error: --device={name}: torch knows no such device. Pass a CUDA device, e.g. cuda:1.\n")
     if reason := refusal(device):
         parser.exit(2, f"error: {reason}.\n")
     found = measure_gpu(device)
-    path = save_gpu(found, torch.cuda.get_device_name(device))
-    sys.stdout.write(f"{found}\n{path or 'Not kept: LIGHTNING_HINM_GPUS is off.'}\n")
+    sys.stdout.write(f"{found}\n")
+    try:
+        path = save_gpu(found, torch.cuda.get_device_name(device))
+    except OSError as error:
+        parser.exit(2, f"error: not kept: {error}\n")
+    sys.stdout.write(f"{path or 'Not kept: LIGHTNING_HINM_GPUS is off.'}\n")
 
 
 def explain(args: list[str]) -> None:

@@ -25,6 +25,18 @@ def folder(name: str, switch: str) -> Path | None:
     return base / "lightning-hinm" / name
 
 
+def is_private(path: Path) -> bool:
+    """Whether nobody else may write a file, or put another one in the place of one that lies in a folder.
+
+    Raises:
+        OSError: if there is no such file or folder.
+    """
+    if os.name != "posix":  # its folders are the user's own, and permissions are not in these bits
+        return True
+    status = path.stat()
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
+
+
 def write(path: Path, data: bytes) -> None:
     """Writes a file that only the user may read, and its folder if it is missing; a reader never sees a part of it.
 

@@ -34,6 +34,22 @@ def test_only_the_user_may_read_what_is_written_and_nothing_else_is_left(tmp_pat
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("mode", "private"), [(0o600, True), (0o644, True), (0o620, False), (0o602, False)])
+def test_what_others_may_write_is_not_private(mode: int, private: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(mode)
+    assert cache.is_private(path) == private
+    tmp_path.chmod(mode | 0o100)
+    assert cache.is_private(tmp_path) == private
+
+
+def test_what_belongs_to_others_is_not_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr("os.getuid", lambda: owner + 1)
+    assert cache.is_private(tmp_path) == (owner == 0), "what is root's may be used by all"
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     cache.write(path, b"first")

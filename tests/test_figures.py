@@ -54,8 +54,12 @@ def test_it_lies_in_the_users_cache_and_can_be_switched_off(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "change",
-    [{"memory": 0.0}, {"l2": -1.0}, {"sparse": float("inf")}, {"dense": "fast"}, {"launch": True}, {"more": 1}],
-    ids=str,
+    [
+        *({"memory": 0.0}, {"l2": -1.0}, {"sparse": float("inf")}, {"sparse": 10**400}, {"l2": float("nan")}),
+        *({"dense": "fast"}, {"launch": True}, {"multiprocessors": 1.5}, {"multiprocessors": 10**400}),
+        *({"measured": False}, {"measured": 1}, {"name": ""}, {"name": 1}, {"more": 1}),
+    ],
+    ids=lambda change: f"{change}"[:30],
 )
 def test_a_file_that_makes_no_sense_is_passed_over_and_said(change: dict[str, Any]) -> None:
     path = save_gpu(MEASURED, NAME)
@@ -72,6 +76,24 @@ def test_a_damaged_file_is_passed_over_and_said(text: str) -> None:
     path.write_text(text)
     with pytest.warns(UserWarning, match="so kernels are chosen by estimates"):
         assert load_gpu(NAME) is None
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_file_that_others_may_write_is_passed_over_and_said(mode: int) -> None:
+    path = save_gpu(MEASURED, NAME)
+    assert path is not None
+    path.chmod(mode)
+    with pytest.warns(UserWarning, match="others than you may write it, or in its folder, so kernels are chosen by"):
+        assert load_gpu(NAME) is None
+
+
+def test_a_folder_that_others_may_write_is_not_used(folder: Path) -> None:
+    save_gpu(MEASURED, NAME)
+    folder.chmod(0o777)
+    with pytest.warns(UserWarning, match="others than you may write it, or in its folder, so kernels are chosen by"):
+        assert load_gpu(NAME) is None
+    with pytest.raises(PermissionError, match=r"gpus: others than you may write there.* Run chmod go-w"):
+        save_gpu(MEASURED, NAME)
 
 
 def test_a_write_that_fails_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

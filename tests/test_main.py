@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hinm import HiNMPattern, HiNMPruning, load_hinm
 from lightning_hinm import __main__ as command
+from lightning_hinm.ops.figures import estimate
 
 RECIPE = f"""
 seed_everything: 0
@@ -331,3 +332,33 @@ Given value: {'vector_size': 0}"""
 def test_a_message_that_is_not_a_tree_stays_as_it_is() -> None:
     message = "2 layers cannot be pruned:\n  a: too small\n  b: too odd"
     assert command.condense_message(message) == message
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("bogus", "error: --device=bogus: torch knows no such device. Pass a CUDA device, e.g. cuda:1.\n"),
+        ("cuda:x", "error: --device=cuda:x: torch knows no such device. Pass a CUDA device, e.g. cuda:1.\n"),
+        ("cpu", "error: cpu: is no CUDA device, but the kernels are PTX for NVIDIA GPUs; move the model to one.\n"),
+    ],
+)
+def test_tune_says_what_is_wrong_with_a_device(device: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.tune(["--device", device])
+    assert capsys.readouterr().err == said
+
+
+def test_tune_says_what_it_measured_and_that_it_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("LIGHTNING_HINM_GPUS", str(tmp_path))
+    monkeypatch.setattr(command, "refusal", lambda device: None)
+    monkeypatch.setattr(command, "measure_gpu", lambda device: estimate((9, 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    with pytest.raises(SystemExit, match="2"):
+        command.tune([])
+    said = capsys.readouterr()
+    assert said.out == f"{estimate((9, 0))}\n"
+    assert "error: not kept: " in said.err
+    assert "others than you may write there" in said.err

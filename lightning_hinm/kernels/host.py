@@ -108,8 +108,7 @@ def _private(place: Path | None) -> Path | None:
     if place is None or not place.exists():
         return place
     place = place.resolve()  # a name without a slash would be searched for among the system's libraries
-    status = place.stat()
-    if status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022:
+    if cache.is_private(place):
         return place
     log.warning("%s is passed over: others than you may write there. Every process compiles for some seconds.", place)
     return None
@@ -119,8 +118,7 @@ def _kept(place: Path | None, key: str) -> ctypes.CDLL | None:
     """What was compiled before. A file's name ends in the sha256 of what it holds: one that is damaged is no match."""
     for path in [] if place is None else sorted(place.glob(f"{key}-*.so")):
         try:
-            status = path.stat()
-            if status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
+            if not cache.is_private(path):
                 log.warning("%s is passed over: others than you may write it.", path)
             elif path.stem == f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()}":
                 return ctypes.CDLL(str(path))

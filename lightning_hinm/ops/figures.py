@@ -2,7 +2,7 @@
 
 What was measured is kept in a file that only the user may write, below ``~/.cache/lightning-hinm/gpus``, for each kind
 of GPU and version of the package; the environment variable ``LIGHTNING_HINM_GPUS`` names another folder, or is ``off``.
-A file that makes no sense is passed over, and that is said once.
+A file that makes no sense, or that others may write, is passed over, and that is said once.
 """
 
 import functools
@@ -12,6 +12,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,10 +70,19 @@ def estimate(capability: tuple[int, int]) -> Gpu:
 
 
 def save_gpu(found: Gpu, device_name: str) -> Path | None:
-    """Keeps the figures for that kind of GPU, atomically; None if keeping them is switched off."""
+    """Keeps the figures for that kind of GPU, atomically; None if keeping them is switched off.
+
+    Raises:
+        OSError: if the disk does not take them, or others may write in their folder.
+    """
     path = _path(device_name)
     if path is None:
         return None
+    if path.parent.exists() and not cache.is_private(path.parent):
+        raise PermissionError(
+            f"{path.parent}: others than you may write there, but figures are kept in a folder of your own only. Run "
+            f"chmod go-w on it, or name another one in {SWITCH}."
+        )
     cache.write(path, json.dumps(asdict(found), indent=1).encode())
     load_gpu.cache_clear()
     return path
@@ -85,17 +95,30 @@ def load_gpu(device_name: str) -> Gpu | None:
     if path is None or not path.is_file():
         return None
     try:
+        if not (cache.is_private(path) and cache.is_private(path.parent)):
+            raise ValueError("others than you may write it, or in its folder")
         given = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(given, dict) or given.keys() != {field.name for field in fields(Gpu)}:
             raise ValueError("its fields are not those of this version")
         for name, value in given.items():
-            kinds = {"name": (str,), "measured": (bool,), "multiprocessors": (int,)}.get(name, (int, float))
-            if type(value) not in kinds or (name not in ("name", "measured") and not 0 < value < math.inf):
-                raise ValueError(f"{name}={value!r} makes no sense")
+            if not _makes_sense(name, value):
+                raise ValueError(f"{name}={str(value)[:50]!r} makes no sense")
     except (OSError, ValueError, RecursionError) as error:
         warn_once(f"{path}: {error}, so kernels are chosen by estimates. Run python -m lightning_hinm tune again.")
         return None
     return Gpu(**given)
+
+
+def _makes_sense(name: str, value: Any) -> bool:
+    if name == "name":
+        return isinstance(value, str) and value != ""
+    if name == "measured":
+        return value is True
+    kinds = (int,) if name == "multiprocessors" else (int, float)
+    try:
+        return type(value) in kinds and 0 < float(value) < math.inf
+    except OverflowError:
+        return False
 
 
 def _path(device_name: str) -> Path | None:
