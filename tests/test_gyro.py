@@ -1,5 +1,6 @@
 import itertools
 import os
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load, save
 
 from benchmarks.optimum import best_retained, groupings
 from lightning_hinm.gyro import SMALL, gyro_permute, search, search_shared
+from lightning_hinm.gyro.cache import fingerprint
 from lightning_hinm.gyro.exchange import _balance, _likely
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
@@ -26,6 +28,7 @@ from lightning_hinm.gyro.problem import (
 from lightning_hinm.layout import HiNMLayout, check_layout, inverse
 from lightning_hinm.mask import choose_vectors, hinm_mask, retained
 from lightning_hinm.pattern import HiNMPattern
+from tests.elsewhere import Elsewhere, elsewhere
 from tests.strategies import N_M, patterns, saliencies
 
 
@@ -429,6 +432,47 @@ def test_an_unknown_method_or_a_negative_budget_is_refused():
         gyro_permute(torch.rand(8, 8), HiNMPattern(4), time_budget=-1)
 
 
+@pytest.mark.parametrize("method", ["identity", "gyro", "exchange"])
+@pytest.mark.parametrize(
+    ("shape", "pattern", "groups"),
+    [
+        ((28, 34), HiNMPattern(8, window=8), 1),  # 5 runs
+        ((32, 20), HiNMPattern(8, 0.5, 1, 4), 2),
+        ((32, 20), HiNMPattern(8, 0.5, 4, 4), 1),
+    ],
+)
+def test_a_search_elsewhere_finds_the_same_and_sends_nothing_back_but_assignments(
+    method, shape, pattern, groups, monkeypatch
+):
+    monkeypatch.setattr("lightning_hinm.gyro.SMALL", 0)
+    for name, less in {"exchange.ROUNDS": 4, "exchange.FEWEST": 2, "problem.RETRIES": 1, "paper.RETRIES": 1}.items():
+        monkeypatch.setattr(f"lightning_hinm.gyro.{name}", less)  # all is done, but less often
+    saliency = structured(*shape)
+    here = search(saliency, pattern, method=method, groups=groups, generator=seeded())
+    with Elsewhere() as device:
+        away = search(elsewhere(saliency), pattern, method=method, groups=groups, generator=seeded())
+    assert torch.equal(away.layout.output_order, here.layout.output_order)
+    assert torch.equal(away.layout.vector_index, here.layout.vector_index)
+    assert (away.retained, away.gap_closed) == (here.retained, here.gap_closed)
+    answer = [tuple(here.layout.output_order.shape), tuple(here.layout.vector_index.shape)]
+    rest = Counter(device.left) - Counter([*answer, *[()] * device.left.count(())])
+    assert all(len(size) == 2 and size[0] == size[1] <= max(shape) for size in rest)
+    assert (method == "identity") == (not rest)
+
+
+def test_a_mask_elsewhere_is_the_same_and_stays_there():
+    saliency, pattern = structured(68, 50), HiNMPattern(16, 0.5, window=8)
+    layout = gyro_permute(saliency, pattern)
+    with Elsewhere() as device:
+        mask = hinm_mask(elsewhere(saliency), layout)
+        assert set(device.left) <= {()}
+        assert retained(elsewhere(saliency), mask) == value(saliency, layout)
+        assert torch.equal(mask.cpu(), hinm_mask(saliency, layout))
+        with pytest.raises(RuntimeError, match="tensors of two devices"):
+            mask & hinm_mask(saliency, layout)
+    assert device.left[-1] == (68, 50)
+
+
 @pytest.mark.gpu
 def test_a_search_on_cuda_stays_there_and_is_never_worse_than_identity():
     saliency = structured(64, 48).cuda()
@@ -538,6 +582,34 @@ def test_another_question_is_searched(cache_folder, no_search, change):
     no_search()
     with pytest.raises(AssertionError, match="searched again"):
         ask(asked | change)
+
+
+def test_a_question_from_elsewhere_is_the_same_and_only_two_numbers_of_it_leave(cache_folder, no_search):
+    saliency, pattern = structured(32, 24), HiNMPattern(4)
+    first = search(saliency, pattern)
+    no_search()
+    with Elsewhere() as device:
+        again = search(elsewhere(saliency), pattern)
+    assert torch.equal(again.layout.vector_index, first.layout.vector_index)
+    assert set(device.left) == {()}
+
+
+@given(st.sampled_from([torch.float16, torch.float32, torch.float64, torch.bool]), st.integers(0, 999))
+def test_a_fingerprint_tells_tensors_apart_by_every_bit_and_place_and_knows_no_strides(dtype, seed):
+    numbers = structured(8, 5, seed)
+    numbers = numbers > 0.5 if dtype == torch.bool else numbers.to(dtype)
+    found = fingerprint(numbers)
+    assert fingerprint(numbers.t().contiguous().t()) == found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_hinm.gyro.cache.NUMBERS", 3)
+        assert fingerprint(numbers) == found
+    other = numbers.clone()
+    bits = other.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[other.element_size()])
+    bits[seed % 8, seed % 5] ^= 1
+    assert fingerprint(other) != found
+    swapped = numbers.flatten().flip(0).view(numbers.shape)
+    assert (fingerprint(swapped) == found) == torch.equal(swapped, numbers)
+    assert fingerprint(numbers[:1]) != found
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "other columns", "illegal"])

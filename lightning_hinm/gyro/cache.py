@@ -1,9 +1,9 @@
 """Layouts that were searched before, on the user's disk: the same question is not searched twice.
 
-An entry is one safetensors file, named by the sha256 of all that the answer depends on: the saliency, the pattern, the
+An entry is one safetensors file, named by a hash of all that the answer depends on: the saliency, the pattern, the
 method, the state of the generator, what was fixed, the version of torch and the code of the search. Matrices that share
 an order of rows are one question with an entry each. Only the user may read it; it is written atomically, and checked
-when it is read: one that is damaged is thrown away.
+when it is read: one that is damaged, or retains something else than it says, is thrown away.
 
 The environment variable ``LIGHTNING_HINM_LAYOUTS`` names another folder, or is ``off``.
 """
@@ -28,6 +28,8 @@ from lightning_hinm.pattern import HiNMPattern
 log = logging.getLogger(__name__)
 
 SWITCH = "LIGHTNING_HINM_LAYOUTS"
+NUMBERS = 1 << 22  # that are mixed at a time
+MIX = 0x1F83D9ABFB41BD6B, 0x5BE0CD19137E2179  # odd: the last two words of the initial hash of SHA-512
 MOST_BYTES = 1 << 29  # of all entries; beyond, those that were not used for longest go
 
 
@@ -63,8 +65,25 @@ def key_of(patterns: Sequence[HiNMPattern], method: str, groups: int, tensors: d
     for name, tensor in tensors.items():
         digest.update(f"{name} {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
         if tensor is not None:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(str(fingerprint(tensor)).encode())
     return digest.hexdigest()
+
+
+def fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """Two sums over the bits of all its numbers, mixed with their places: all that leaves the tensor's device.
+
+    Whole numbers wrap around, so the order in which a device adds them changes nothing. Not for adversaries.
+    """
+    bits = tensor.detach().contiguous().flatten()
+    numbers = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for first in range(0, len(numbers), NUMBERS):
+        part = numbers[first : first + NUMBERS].to(torch.int64)
+        mixed = torch.arange(first, first + len(part), device=bits.device).mul_(MIX[0]).add_(part).mul_(MIX[1])
+        mixed = mixed.bitwise_xor_(mixed >> 32).mul_(MIX[0])  # the high halves reach the low ones
+        mixed = mixed.bitwise_xor_(mixed >> 29)
+        sums += torch.stack((mixed.sum(), (mixed * mixed).sum()))
+    return int(sums[0]), int(sums[1])
 
 
 def read(key: str, pattern: HiNMPattern, shape: torch.Size, groups: int) -> Entry | None:
