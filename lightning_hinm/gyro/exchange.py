@@ -24,12 +24,12 @@ WORK, FEWEST = 1 << 40, 24
 # like the matrix.
 TILES = 64
 # Steps that find the tiles' prices in a round; each begins with the prices of the round before.
-PRICE_STEPS, PRICE_RATE = 6, 0.2
+PRICE_STEPS, PRICE_RATE = 4, 0.2
 # Rows that one exact transport problem takes: its cost is cubic.
 ROWS = 512
 # After the annealing: vectors (so many draws, in assignments of so many groups) and rows in turn, and vectors once more
 # until a draw gains too little.
-TURNS, DRAWS, QUICK, LEAST = 2, 4, 96, 5e-5
+TURNS, DRAWS, QUICK, LEAST = 2, 8, 96, 5e-5
 # The annealing's share of a time budget.
 SHARE = 0.5
 
