@@ -611,21 +611,29 @@ def test_layers_are_timed_on_their_kernels() -> None:
 MUTATED = {
     "decode": (16, 70, 1480, 11, HiNMPattern(64, 0.25, window=None)),
     "windowed": (64, 300, 896, 70, HiNMPattern(64, 0.5, window=192)),  # nothing pads the kept vectors
-    "windowed_features": (64, 300, 896, 70, HiNMPattern(64, 0.5, window=192)),
+    # Runs of four steps and one of three, so that every unrolled part is reached.
+    "windowed_features": (64, 300, 1088, 70, HiNMPattern(64, 0.5, window=224)),
     "gather": (128, 70, 300, 70, HiNMPattern(64, 0.0, window=None)),
 }
+UNPADDED = {**MUTATED, "windowed_features": MUTATED["windowed"]}  # what is read beyond the kept vectors is not zero
 BOUNDS = {
     "decode": ["tokens", "columns"],
     "windowed": ["tokens", "packed_rows", "columns", "kept_of_last"],
     "windowed_features": ["tokens", "packed_rows", "columns", "kept_of_last"],
     "gather": ["tokens", "kept", "plane"],
 }
+# What moves numbers and computes nothing: the text, and the mistakes that it has a place for.
+MOVES = {
+    "transpose": ["a barrier removed", "a half that stays where it is"],
+    "planes": ["a half that stays where it is"],
+}
+BOUNDS_OF_MOVES = {"transpose": ["height", "width"], "planes": ["chunks", "height", "width"]}
 SAMPLE = 6  # mutants of one kind that are run, spread over the text
 
 
-def is_caught(kernel: str, text: str) -> bool:
+def is_caught(kernel: str, text: str, cases: dict[str, Any] = MUTATED) -> bool:
     """Whether the interpreter faults on the text, or its result is wrong."""
-    block, rows, columns, tokens, pattern = MUTATED[kernel]
+    block, rows, columns, tokens, pattern = cases[kernel]
     packed = packed_layer(rows, columns, pattern=pattern, dtype=torch.float16)
     x = tokens_for(kernel, tokens, columns, torch.float16)
     with emulated(texts={f"{kernel.split('_')[0]}.ptx": text}), only(kernel, block):
@@ -636,7 +644,36 @@ def is_caught(kernel: str, text: str) -> bool:
     return not relative_error(found, expected) < TOLERANCE[torch.float16]
 
 
+def is_move_caught(kernel: str, text: str) -> bool:
+    """The same of a text that moves numbers: by whole copies, and number by number."""
+    with emulated(texts={f"{kernel}.ptx": text}) as emulator:
+        try:
+            if kernel == "transpose":
+                return not all(turns(emulator, pitch, out_pitch) for pitch, out_pitch in ((96, 72), (91, 71)))
+            return not writes_planes(emulator)
+        except Fault:
+            return True
+
+
+def turns(emulator: Emulator, pitch: int, out_pitch: int) -> bool:
+    x, out = numbers(70, pitch, dtype=torch.float16), torch.zeros(90, out_pitch, dtype=torch.float16)
+    emulator.launch("transpose", x, out, 70, 90, pitch, out_pitch)
+    return torch.equal(out[:, :70], x[:, :90].t()) and not out[:, 70:].any()
+
+
+def writes_planes(emulator: Emulator) -> bool:
+    """By the definition in planes.cu: three columns of a kernel, two phases."""
+    x, plane_height, pitch = numbers(2, 3, 9, 21, dtype=torch.float16), 6, 16
+    out = torch.full((2, 3, 2, 3, plane_height, pitch), float("nan"), dtype=torch.float16)
+    emulator.launch("planes", x, out, out[0].numel() // 8, *x.shape, 2, plane_height, pitch, 2, 1, 1, 2, 2)
+    padded = F.pad(x, (2, 20, 1, 9))
+    expected = [[padded[:, :, phase::2, 2 * s :][:, :, :plane_height, :pitch] for phase in range(2)] for s in range(3)]
+    return torch.equal(out, torch.stack([torch.stack(phases, dim=1) for phases in expected], dim=1))
+
+
 def mutated_text(kernel: str) -> str:
+    if kernel in MOVES:
+        return (kernels.FOLDER / f"{kernel}.ptx").read_text()
     family, *features = kernel.split("_")
     own = {"decode": "16", "windowed": "64_64", "gather": "64"}[family]
     return entry_text((kernels.FOLDER / f"{family}.ptx").read_text(), "_".join([family, "f16", own, *features]))
@@ -647,7 +684,28 @@ def test_the_text_without_a_mistake_passes(kernel: str) -> None:
     assert not is_caught(kernel, mutated_text(kernel))
 
 
-@pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if "bound" not in mistake])
+@pytest.mark.parametrize("kernel", list(MOVES))
+def test_the_text_of_a_move_without_a_mistake_passes(kernel: str) -> None:
+    assert not is_move_caught(kernel, mutated_text(kernel))
+
+
+@pytest.mark.parametrize(("kernel", "mistake"), [(kernel, each) for kernel in MOVES for each in MOVES[kernel]])
+def test_a_mistake_in_the_text_of_a_move_is_caught(kernel: str, mistake: str) -> None:
+    found = list(mutants(mutated_text(kernel), mistake))
+    assert found
+    missed = [line for line, text in found if not is_move_caught(kernel, text)]
+    assert not missed, f"nothing noticed {mistake} in lines {missed}"
+
+
+@pytest.mark.parametrize(("kernel", "bound"), [(name, bound) for name in MOVES for bound in BOUNDS_OF_MOVES[name]])
+def test_a_bound_of_a_move_that_is_loosened_is_caught(kernel: str, bound: str) -> None:
+    place = [parameter.name for parameter in kernels.entries()[kernel].parameters].index(bound)
+    found = list(mutants(mutated_text(kernel), "a bound that is loosened", place))
+    assert found
+    assert all(is_move_caught(kernel, text) for _, text in found)
+
+
+@pytest.mark.parametrize("mistake", [each for each in MISTAKES if "bound" not in each and "half" not in each])
 @pytest.mark.parametrize("kernel", list(MUTATED))
 def test_a_mistake_in_the_text_is_caught(kernel: str, mistake: str) -> None:
     found = list(mutants(mutated_text(kernel), mistake))
@@ -668,7 +726,7 @@ def test_a_bound_that_is_loosened_is_caught(kernel: str, bound: str) -> None:
     place = [parameter.name for parameter in entry.parameters].index(bound)
     found = list(mutants(mutated_text(kernel), "a bound that is loosened", place))
     assert found
-    assert all(is_caught(kernel, text) for _, text in found)
+    assert all(is_caught(kernel, text, UNPADDED) for _, text in found)
 
 
 def test_an_index_that_is_changed_after_its_check_faults_in_the_interpreter() -> None:
@@ -721,6 +779,25 @@ def test_the_decode_kernel_streams_its_weights() -> None:
     assert report.wavefronts["st.shared"] == report.wavefronts_ideal["st.shared"]
     assert report.wavefronts["ld.shared"] < 2.4 * report.wavefronts_ideal["ld.shared"]  # 2-byte loads of random columns
     assert report.global_sectors["load"] < 1.1 * report.global_sectors_ideal["load"]
+
+
+def test_the_transpose_kernel_moves_whole_sectors_and_conflicts_only_where_it_reads_two_bytes() -> None:
+    with emulated() as emulator:
+        x, out = numbers(128, 192, dtype=torch.float16), torch.empty(192, 128, dtype=torch.float16)
+        emulator.launch("transpose", x, out, *x.shape, 192, 128)
+    (report,) = emulator.reports
+    assert report.wavefronts["st.shared"] == report.wavefronts_ideal["st.shared"]
+    assert report.wavefronts["ld.shared"] == 2 * report.wavefronts_ideal["ld.shared"]
+    assert report.global_sectors == report.global_sectors_ideal
+
+
+def test_the_planes_kernel_writes_whole_sectors() -> None:
+    with emulated() as emulator:
+        check_conv2d(CONVOLUTIONS[0], torch.float16)
+    report = emulator.reports[emulator.launched.index("planes")]
+    assert report.global_sectors["store"] == report.global_sectors_ideal["store"]
+    # Each lane reads eight neighbours one by one, so that a warp meets each sector in eight requests.
+    assert report.global_sectors["load"] < 8 * report.global_sectors_ideal["load"]
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "the other sparsity selector": (r"(mma\.sp[^;]*), 0x([01]);", "{0}, 0x{other};"),
     "a matrix that is not transposed": (r"(ldmatrix[^;]*?)\.trans\.", "{0}."),
     "a swizzle left out": (r"\txor\.b32 ([^,]*), ([^,]*), ([^;]*);", "\tmov.b32 {0}, {1};"),
+    "a half that stays where it is": (r"\tshl\.b32\s+(%r\d+), (%r\d+), 16;", "\tmov.b32 {0}, {1};"),
     "a bound that is loosened": (
         r"(\tld\.param\.u32\s+(%r\d+), \[\w+_param_{bound}\];)",
         "{0}\n\tadd.s32 {1}, {1}, 32;",
