@@ -27,6 +27,7 @@ PLAIN = {"ptx_version": "7.4", "driver": 11040, "capability": [[8, 0], [9, 99]]}
 ORDERED = {"ptx_version": "8.5", "driver": 12050, "capability": [[10, 0], [99, 99]]}
 ANY = {**PLAIN, "capability": [[8, 0], [99, 99]]}
 KNOWN_TO_11 = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")  # to CUDA 11's assembler
+KNOWN_TO_12 = (*KNOWN_TO_11, "sm_100", "sm_120")  # to that of CUDA 12.8, the first to know any for an ordered text
 ARCHITECTURES = (*KNOWN_TO_11, "sm_88", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 
 OUT_BYTES = 32 * 260 * 4  # of the windowed kernel's output, where its input was
@@ -191,7 +192,7 @@ def build(folder: Path, assemblers: Sequence[str] = ("ptxas",)) -> None:
             if not lowest <= list(divmod(int(architecture[3:]), 10)) <= highest:
                 continue
             for assembler in assemblers:
-                if "V11." in _run(assembler, "--version") and architecture not in KNOWN_TO_11:
+                if architecture not in known_to(assembler):
                     continue
                 for name, used in assemble(folder / text["file"], architecture, assembler).items():
                     most = resources[name].setdefault(architecture, used)
@@ -258,6 +259,12 @@ def assemble(text: Path, architecture: str, ptxas: str = "ptxas") -> dict[str, d
             raise RuntimeError(f"{text.name}: ptxas did not say how many registers {name} uses: {part!r}")
         used[name] = {"registers": int(registers[1]), "shared": int(shared[1]) if shared else 0}
     return used
+
+
+def known_to(ptxas: str) -> tuple[str, ...]:
+    """The architectures that an assembler knows."""
+    version = _run(ptxas, "--version")
+    return KNOWN_TO_11 if "V11." in version else KNOWN_TO_12 if "V12." in version else ARCHITECTURES
 
 
 def _run(*command: str) -> str:

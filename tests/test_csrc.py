@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,37 @@ def test_the_newest_assembler_takes_every_text(file: str, architecture: str) -> 
 @pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["ptx_version"] == "7.4"])
 def test_the_oldest_assembler_takes_the_texts_for_old_drivers(file: str, architecture: str) -> None:
     check_assembly(file, architecture, ptxas_of(OLDEST))
+
+
+def ptxas_12() -> str:
+    """The oldest assembler that knows the instructions of the ordered texts."""
+    # Of nvidia-cuda-nvcc-cu12, whose files would take the places of those of the oldest.
+    found = Path(sys.prefix) / "cuda12" / "nvidia" / "cuda_nvcc" / "bin" / "ptxas"
+    if not found.exists():
+        pytest.skip(f"needs {found}, which `make setup` puts there: no text was assembled with it")
+    return str(found)
+
+
+@pytest.mark.parametrize("architecture", [name for name in build.KNOWN_TO_12 if name not in build.KNOWN_TO_11])
+@pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["capability"][1] >= [10, 0]])
+def test_the_oldest_assembler_for_newer_gpus_takes_their_texts(file: str, architecture: str) -> None:
+    check_assembly(file, architecture, ptxas_12())
+
+
+@pytest.mark.parametrize(
+    ("find", "known"),
+    [
+        (lambda: ptxas_of(OLDEST), build.KNOWN_TO_11),
+        (ptxas_12, build.KNOWN_TO_12),
+        (lambda: ptxas_of(NEWEST), build.ARCHITECTURES),
+    ],
+    ids=["11", "12", "newest"],
+)
+def test_an_assembler_is_given_the_architectures_that_it_knows(find: Callable[[], str], known: tuple[str, ...]) -> None:
+    ptxas = find()
+    assert build.known_to(ptxas) == known
+    listed = subprocess.run([ptxas, "--help"], capture_output=True, text=True).stdout
+    assert not [architecture for architecture in known if f"'{architecture}'" not in listed]
 
 
 def test_a_rebuild_gives_the_same_bytes(tmp_path: Path) -> None:
