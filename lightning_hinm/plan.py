@@ -14,9 +14,7 @@ from lightning_hinm.ops import cost
 from lightning_hinm.ops.cost import Choice
 from lightning_hinm.ops.fragments import refusal
 from lightning_hinm.pattern import HiNMPattern
-from lightning_hinm.workload import TOKENS, Workload, measure
-
-__all__ = ["COLUMNS", "TOKENS", "Decision", "LayerPlan", "ModelPlan", "decide", "predict"]
+from lightning_hinm.workload import Workload, measure
 
 # Sparse must win by more than the noise of a measurement, and on a CPU by more than what a layer may lose in a graph,
 # where Inductor fuses less with it: a tie leaves the layer as it is.

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"pattern", "kernels", "ops", "workload"},
     "modules": {"pattern", "layout", "format", "prune", "ops", "plan", "workload"},
     "store": {"pattern", "format", "prune", "modules"},
-    "passes": {"pattern", "layout", "format", "kernels", "ops", "modules", "plan"},
+    "passes": {"pattern", "layout", "format", "kernels", "ops", "modules", "workload"},
     "twins": {"layout", "format", "modules"},
     "traced": {"pattern", "ops", "modules", "prune"},
     "backend": {

@@ -15,7 +15,7 @@ from lightning_hinm.ops import cost, hinm_conv2d, hinm_linear
 from lightning_hinm.passes.rules import ELEMENTWISE, argument
 from lightning_hinm.passes.sparsify import finish_pass, held, operand, seen_shape, set_operand
 from lightning_hinm.pattern import HiNMPattern
-from lightning_hinm.plan import TOKENS
+from lightning_hinm.workload import TOKENS
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from lightning_hinm.modules import PACKED_TENSORS, HiNMLayer
 from lightning_hinm.ops import EXPANDED, hinm_conv2d, hinm_linear
 from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands
-from lightning_hinm.plan import TOKENS
+from lightning_hinm.workload import TOKENS
 
 log = logging.getLogger(__name__)
 
