@@ -94,6 +94,12 @@ def by_hand(y: Tensor, scale: nn.Module) -> Tensor:
     return scale.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(y.dtype)
 
 
+def response_norm(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Of ConvNeXt V2."""
+    length = torch.linalg.vector_norm(y, ord=2, dim=(1, 2), keepdim=True)
+    return scale * (y * (length / (length.mean(dim=-1, keepdim=True) + 1e-6))) + shift + y
+
+
 def added(y: Tensor, x: Tensor) -> Tensor:
     y += x
     return y
@@ -122,6 +128,37 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "some tokens": lambda y: y[:, 1:3][..., None, :][:, -1],
     "split tokens": lambda y: torch.cat(list(y.split([2, 3], dim=1))[::-1], dim=1),
     "stacked tokens": lambda y: torch.cat([y, y.relu()], 1),
+    "another's shape": lambda y: y.flatten(0, 1).reshape_as(y).view(5, 3, 32).view_as(y),
+    "spread to another's shape": lambda y: y + y.mean(1, keepdim=True).expand_as(y),
+    "another's type": lambda y: y.float().type_as(y).to(y),
+    "repeated": lambda y: (
+        y.mean(1, keepdim=True).repeat(1, 5, 1) + y[:, :1].tile(5, 1) * y[:, :1].broadcast_to(3, 5, 32)
+    ),
+    "axes swapped": lambda y: torch.swapdims(y.swapaxes(1, 2), 2, 1),
+    "dimensions moved": lambda y: torch.moveaxis(y.movedim(-1, 0), (1, 0), (0, -1)),
+    "transposed as a matrix": lambda y: y.mT.mul(2.0).mT + torch.t(y[0].T.t().t()),
+    "products added": lambda y: torch.addcmul(y, y, y.tanh(), value=0.5).addcdiv(y.sin(), y.exp()),
+    "between two": lambda y: torch.lerp(y, y.relu(), 0.3).lerp(y.tanh(), y.sigmoid()),
+    "stacked": lambda y: torch.stack([y, y.relu()], 1).sum(1) + torch.stack([y, y.tanh()], -1).amax(-1),
+    "stacked, then flattened": lambda y: torch.stack([y, y.exp()], dim=2).flatten(1, 2),
+    "weights of tokens": lambda y: y.softmax(1) + F.log_softmax(y, dim=-2) + F.softmin(y, dim=0),
+    "its length": lambda y: y / (1 + torch.linalg.vector_norm(y, dim=-1, keepdim=True) + y.norm(2, 2)[..., None]),
+    "its length over tokens": lambda y: y / torch.linalg.norm(y, dim=1, keepdim=True) + y.norm(dim=(0, 1)),
+    "its whole length": lambda y: y / y.norm(),
+    "normalized": lambda y: F.normalize(y, dim=-1) + F.normalize(y, p=1.0, dim=1),
+    "its largest of two": lambda y: torch.max(y, y.neg()).min(y.exp()),
+    "its largest and where": lambda y: y * y.max(1, keepdim=True).values + (lambda a, b: a * b)(*y.min(dim=1)).mean(0),
+    "its largest of all": lambda y: y / y.max() + y.max(-1, keepdim=True).values + torch.min(y, 2)[0].unsqueeze(2),
+    "tokens one by one": lambda y: torch.stack([*y.unbind(1)][::-1], 1) + torch.stack(y.unbind(), 0),
+    "one token": lambda y: y + y.select(1, 2).unsqueeze(1) + y.narrow(1, 0, 2).sum(1, keepdim=True),
+    "sums of tokens": lambda y: y.cumsum(1) + torch.cumsum(y, dim=0),
+    "tokens reversed": lambda y: y.flip(0, 1) + torch.flip(y, [-2]),
+    "tokens rolled": lambda y: y.roll(1, 1) + torch.roll(y, shifts=(1, 2), dims=(0, 1)),
+    "products and sums": lambda y: (
+        y.tanh().prod(1, keepdim=True) + y.logsumexp(1, keepdim=True) + y / y.logsumexp((1, 2))[0]
+    ),
+    "one slope": lambda y: F.prelu(y, torch.full((1,), 0.25, dtype=y.dtype)),
+    "a slope for each token": lambda y: F.prelu(y, torch.linspace(0.1, 0.5, 5, dtype=y.dtype)),
 }
 ABSORBED: dict[str, Case] = {
     **{name: Case(mlp(), lambda x, a, b, f=f: b(f(a(x))), TOKENS) for name, f in NUMBERS.items()},
@@ -133,6 +170,22 @@ ABSORBED: dict[str, Case] = {
     "layer norm": Case([*mlp(), norm(nn.LayerNorm, 32)], lambda x, a, b, n: b(n(a(x))), TOKENS),
     "rms norm": Case([*mlp(), norm(nn.RMSNorm, 32)], lambda x, a, b, n: b(n(a(x))), TOKENS),
     "rms norm by hand": Case([*mlp(), Scale(32)], lambda x, a, b, s: b(by_hand(a(x), s)), TOKENS),
+    "slopes": Case([*mlp(), norm(nn.PReLU, 32)], lambda x, a, b, p: b(p(a(x).flatten(0, 1)).view(3, 5, 32)), TOKENS),
+    "linear and batch norm": Case(
+        [*mlp(), norm(nn.BatchNorm1d, 32)], lambda x, a, b, n: b(n((y := a(x)).flatten(0, 1)).reshape_as(y)), TOKENS
+    ),
+    "type of another": Case(mlp(), lambda x, a, b: b(a(x).type_as(x).to(x)) + x.type_as(a(x))[..., :1], TOKENS),
+    "shape of another": Case(mlp(), lambda x, a, b: b((y := a(x)) * x.flatten(0, 1).view_as(y)[..., :1]), TOKENS),
+    "stacked with what is there": Case(
+        [*three(), nn.Linear(32, 32)],
+        lambda x, a, b, c, d: b(torch.stack([a(x), c(x), d(x), x], 1).sum(1)),
+        *(TOKENS, 1, 1, (0, 2, 3)),
+    ),
+    "response norm": Case(
+        [*mlp(), Scale(1, 1, 1, 32), Scale(32)],
+        lambda x, a, b, s, t: b(response_norm(a(x), s.weight, t.weight)),
+        torch.randn(2, 4, 5, 32),
+    ),
     # two writers
     "residual": Case(three(), lambda x, a, b, c: b(a(x) + c(x)), TOKENS, shared=(0, 2)),
     "residual in place": Case(three(), lambda x, a, b, c: b(added(a(x), c(x))), TOKENS, shared=(0, 2)),
@@ -176,6 +229,31 @@ ABSORBED: dict[str, Case] = {
     "group norm, within groups": Case(
         convs(norm(nn.GroupNorm, 4, 32)), lambda x, a, b, n: b(n(a(x))), IMAGES, blocks={0: 4}
     ),
+    "instance norm": Case(convs(norm(nn.InstanceNorm2d, 32)), lambda x, a, b, n: b(n(a(x))), IMAGES),
+    "instance norm, affine": Case(
+        convs(norm(nn.InstanceNorm2d, 32, 1e-5, 0.1, True)), lambda x, a, b, n: b(n(a(x))), IMAGES
+    ),
+    "instance norm, frozen": Case(
+        convs(norm(nn.InstanceNorm2d, 32, 1e-5, 0.1, True, True)), lambda x, a, b, n: b(n(a(x))), IMAGES
+    ),
+    "slopes of images": Case(convs(norm(nn.PReLU, 32)), lambda x, a, b, p: b(p(a(x))), IMAGES),
+    "response norm of images": Case(
+        convs(Scale(32), Scale(32)),
+        lambda x, a, b, s, t: b(
+            (y := a(x))
+            + torch.addcmul(
+                t.weight.view(1, -1, 1, 1),
+                s.weight.view(1, -1, 1, 1),
+                y * ((length := y.norm(p=2, dim=(2, 3), keepdim=True)) / (length.mean(dim=1, keepdim=True) + 1e-6)),
+            )
+        ),
+        *(IMAGES, 1, 2),  # the parameters, as they are viewed
+    ),
+    "attention over pixels": Case(
+        convs(),
+        lambda x, a, b: b((y := a(x)) * torch.cat([y.max(1, True)[0], y.mean(1, True)], 1).amax(1, True)),
+        IMAGES,
+    ),
     "maximum": Case(convs(), lambda x, a, b: b(F.max_pool2d(a(x), 2) * 2.0 + 1.0), IMAGES),
     "average": Case(convs(), lambda x, a, b: b(F.avg_pool2d(a(x), 2).sigmoid()), IMAGES),
     "interpolated": Case(convs(), lambda x, a, b: b(F.interpolate(a(x), scale_factor=2.0)), IMAGES),
@@ -204,7 +282,7 @@ ABSORBED: dict[str, Case] = {
     ),
     "stored otherwise, then viewed": Case(
         [nn.Conv2d(8, 32, 3), nn.Linear(3200, 48), nn.Conv2d(8, 32, 3)],
-        lambda x, a, b, c: b((a(x) + c(x)).permute(0, 2, 3, 1).movedim(-1, 1).view(2, -1)),
+        lambda x, a, b, c: b((a(x) + c(x)).flatten(2).mT.mH.view(2, -1)),
         *(IMAGES, 1, 1, (0, 2)),
     ),
     "added to what is stored otherwise, then viewed": Case(
@@ -234,6 +312,21 @@ ABSORBED: dict[str, Case] = {
         lambda x, a, b, c: b((y := a(x).split(32, 2))[1]).sum() + c(torch.cat([y[2], y[0]], -1)),
         *(TOKENS, 1, 0, (), {0: 3}),
     ),
+    "no channels between blocks": Case(
+        [*three(), nn.Linear(32, 32)],
+        lambda x, a, b, c, d: b(y := a(x) + c(x) + d(x)) + y[..., 24:16].sum(-1, keepdim=True),
+        *(TOKENS, 2, 1, (2, 3), {0: 2}),
+    ),
+    "groups of tokens": Case(
+        [*three(), nn.Linear(32, 32)],
+        lambda x, a, b, c, d: b(y := a(x) + c(x) + d(x)) + F.group_norm(y[:, :4], 2)[:, :1, :1],
+        *(TOKENS, 2, 1, (2, 3), {0: 2}),
+    ),
+    "no channels of two": Case(
+        three(),
+        lambda x, a, b, c: b(x) + torch.cat([a(x), c(x)], -1)[..., 48:16].sum(-1, keepdim=True),
+        *(TOKENS, 1, 1),
+    ),
     "a slice": Case([nn.Linear(32, 64), *mlp()[1:]], lambda x, a, b: b(a(x)[..., 16:48]), TOKENS, blocks={0: 4}),
 }
 RESTORED: dict[str, Case] = {
@@ -242,6 +335,57 @@ RESTORED: dict[str, Case] = {
     "softmax": Case(mlp(), lambda x, a, b: b(a(x).softmax(-1)), TOKENS),
     "sums": Case(mlp(), lambda x, a, b: b(a(x).cumsum(-1)), TOKENS),
     "reversed": Case(mlp(), lambda x, a, b: b(a(x).flip(-1)), TOKENS),
+    "rolled": Case(mlp(), lambda x, a, b: b(a(x).roll(1, -1)), TOKENS),
+    "reversed twice": Case(mlp(), lambda x, a, b: b(a(x).flip(1, 2)), TOKENS),
+    "rolled as one": Case(mlp(), lambda x, a, b: b(a(x).roll(1)), TOKENS),
+    "largest, and where among the channels": Case(
+        mlp(), lambda x, a, b: b(x * (m := a(x).max(-1, keepdim=True)).values) + m.indices, TOKENS
+    ),
+    "channels one by one": Case(mlp(), lambda x, a, b: b(torch.stack(a(x).unbind(-1)[::-1], -1)), TOKENS),
+    "one channel of all": Case(mlp(), lambda x, a, b: b(x * a(x).select(-1, 3).unsqueeze(-1)), TOKENS),
+    "some channels": Case(mlp(reads=16), lambda x, a, b: b(a(x).narrow(-1, 3, 16)), TOKENS),
+    "repeated channels": Case(mlp(reads=64), lambda x, a, b: b(a(x).repeat(1, 1, 2)), TOKENS),
+    "no channels": Case(
+        mlp(), lambda x, a, b: b(y := a(x)) + y[..., 16:0].sum(-1, keepdim=True), TOKENS, blocks={0: 2}
+    ),
+    "stacked in another order": Case(
+        mlp(), lambda x, a, b: b(torch.stack([y := a(x[:, :1].expand(3, 32, 32)), y.mT], 1)), TOKENS
+    ),
+    "written as a result": Case(
+        three(),
+        lambda x, a, b, c: (
+            (z := (y := a(x) + c(x)) * 2.0, torch.cat([x[:, :2], x[:, 2:]], 1, out=z)),
+            b(z + y),
+        )[-1],
+        TOKENS,
+        shared=(0, 2),
+    ),
+    "written as a result, with channels": Case(
+        [*three(), nn.Linear(32, 32)],
+        lambda x, a, b, c, d: (
+            (z := d(x) * 2.0, y := a(x) + c(x), torch.cat([y[:, 2:], y[:, :2]], 1, out=z)),
+            b(z),
+        )[-1],
+        TOKENS,
+        shared=(0, 2),
+    ),
+    "written as results": Case(
+        three(),
+        lambda x, a, b, c: (
+            (y := a(x) + c(x), z := y[:, 0] * 2.0, torch.max(x, 1, out=(z, z.long()))),
+            b(y * z[:, None]),
+        )[-1],
+        TOKENS,
+        shared=(0, 2),
+    ),
+    "slopes that are computed": Case(
+        mlp(), lambda x, a, b: b(F.prelu(y := a(x[:, :1].expand(3, 32, 32)), y[0, 0])), TOKENS
+    ),
+    "slopes of a layer": Case(mlp(), lambda x, a, b: b(F.prelu(x.flatten(0, 1), a(x[0, 0]))), TOKENS),
+    "instance norm of tokens": Case([*mlp(), norm(nn.InstanceNorm1d, 5)], lambda x, a, b, n: b(n(a(x))), TOKENS),
+    "instance norm, changing statistics": Case(
+        convs(), lambda x, a, b: b(F.instance_norm(a(x), x.new_zeros(32), x.new_ones(32))), IMAGES
+    ),
     "heads": Case(mlp(), lambda x, a, b: b(a(x).view(3, 5, 8, 4).transpose(2, 3).reshape(3, 5, 32)), TOKENS),
     "tokens and channels": Case(mlp(reads=160), lambda x, a, b: b(a(x).flatten(1)), TOKENS),
     "added transposed": Case(mlp(), lambda x, a, b: b((y := a(x[:, :1].expand(3, 32, 32))) + y.mT), TOKENS),

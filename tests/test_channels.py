@@ -28,6 +28,8 @@ def test_streams_that_are_joined_have_one_order_and_all_writers() -> None:
 def test_channels_are_cut_only_where_a_writer_keeps_the_parts_apart() -> None:
     assert channels(written(4, [1, 2, 0, 3])).cut(2) is None
     assert channels(written(4, None)).cut(2) is None
+    assert channels(written(4)).cut(5) is None
+    assert channels(written(4)).cut(-1) is None
     halves = channels(written(4, [1, 0, 3, 2], [2, 0, 1, 3])).cut(2)
     assert halves is not None
     assert [[order.tolist() for order in half.streams[0].orders] for half in halves] == [[[1, 0]], [[1, 0]]]

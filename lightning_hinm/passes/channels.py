@@ -78,7 +78,9 @@ class Channels(NamedTuple):
         return Channels(axis, self.segments)
 
     def cut(self, place: int) -> "tuple[Channels, Channels] | None":
-        """Those before ``place`` and the rest; None where that would part what has to stay together."""
+        """Those before ``place`` and the rest; None where there is none, or it would part what has to stay together."""
+        if not 0 <= place <= self.size:
+            return None
         left: list[tuple[Stream, int]] = []
         right, missing = self.parts, place
         while missing:

@@ -97,7 +97,9 @@ class Walk:
             for each in written
         )
         for edge in self._left.values():
-            safe = not aliased or all(user.op == "output" or user.target in FRESH for user in edge.users)
+            safe = not aliased or all(
+                user.op == "output" or (user.target in FRESH and not writes[user]) for user in edge.users
+            )
             self.flow.edges.append(edge._replace(safe=safe))
 
     def _pass_layer(self, node: fx.Node, layer: Layer) -> None:
@@ -116,7 +118,8 @@ class Walk:
         entered = len(self.flow.edges)
         made = None
         # What is written into keeps its order, so it must carry one already. NumPy's names of arguments are not read.
-        if rule is not None and all(each in self.carried for each in written) and "axis" not in node.kwargs:
+        known = not {"axis", "out"} & node.kwargs.keys() and all(each in self.carried for each in written)
+        if rule is not None and known:
             made = rule(self, node)
         if isinstance(made, Channels) and not _fits(node, made):
             made = None
