@@ -234,17 +234,17 @@ def part_growth(matrices: dict[str, Tensor]) -> list[Row]:
         work = problem.Problem(random_layer(height, width), pattern, torch.Generator(), problem.Clock(None), None, None)
         order = torch.arange(height)
         index = choose_vectors(work.saliency, pattern, order)
-        ranks = seconds_of(exchange._likely, work.saliency, pattern)
+        likely = seconds_of(exchange._likely, work.saliency, pattern)
         vectors = partial(problem.assign_vectors, pruned=True, draws=4)
-        row: Row = {"shape": [height, width], "ranks": ranks}
-        row["annealing"] = (seconds_of(exchange._anneal_rows, [work], order) - ranks) / 8
+        row: Row = {"shape": [height, width], "likely": likely}
+        row["annealing"] = (seconds_of(exchange._anneal_rows, [work], order) - likely) / 8
         row["rows"] = seconds_of(exchange._move_rows, [work], order, [index])
         row["vectors"] = seconds_of(vectors, work, order, index) / 4
         rows.append(row)
         kinds = ("annealing", "rows", "vectors")
         shown = ", ".join(f"{kind} {row[kind] * 1e3:.0f} ms ({row[kind] / height / width * 1e9:.1f} ns a weight)"
                           for kind in kinds)  # fmt: skip
-        print(f"{height}x{width}: a round of {shown}; ranks once {ranks:.1f} s", flush=True)
+        print(f"{height}x{width}: a round of {shown}; the stand-in once {likely:.2f} s", flush=True)
     exchange.ROUNDS, exchange.FEWEST = before
     return rows
 
