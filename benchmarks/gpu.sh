@@ -2,7 +2,7 @@
 # The kernels on a GPU: correctness, sanitizers, what bounds them, speed. One command on a machine with nothing but
 # python3, torch with CUDA, lightning and cuda-bindings; nothing is installed, nothing is fetched.
 #
-#   benchmarks/gpu.sh                    about seven minutes on an H100
+#   benchmarks/gpu.sh                    at most eight minutes
 #   benchmarks/gpu.sh --full             the whole grid; --seconds N ends either sooner
 #   benchmarks/gpu.sh --step speed       one step; python -m benchmarks.gpu --help names them
 #

@@ -79,6 +79,10 @@ BERT = [
     Linear("BERT-large fc2", 1024, 4096),
     Linear("DeiT-B qkv", 2304, 768),
 ]
+ATTENTION = [
+    Linear("BERT-base attention, DeiT-B proj", 768, 768),
+    Linear("BERT-large attention", 1024, 1024),
+]
 RESNET = [
     Conv2d("ResNet-50", 256, 64, 1, 56),
     Conv2d("ResNet-50", 64, 64, 3, 56),
@@ -88,11 +92,29 @@ RESNET = [
     Conv2d("ResNet-50", 512, 2048, 1, 7),
     Conv2d("ResNet-50", 128, 128, 3, 56, stride=2),
 ]
+# What else is in it, each shape once; not its first convolution, whose three channels leave nothing to prune.
+RESNET_REST = [
+    Conv2d("ResNet-50", 64, 64, 1, 56),
+    Conv2d("ResNet-50", 64, 256, 1, 56),
+    Conv2d("ResNet-50", 256, 128, 1, 56),
+    Conv2d("ResNet-50", 128, 512, 1, 28),
+    Conv2d("ResNet-50", 512, 128, 1, 28),
+    Conv2d("ResNet-50", 512, 256, 1, 28),
+    Conv2d("ResNet-50", 256, 1024, 1, 14),
+    Conv2d("ResNet-50", 1024, 256, 1, 14),
+    Conv2d("ResNet-50", 1024, 512, 1, 14),
+    Conv2d("ResNet-50", 2048, 512, 1, 7),
+    Conv2d("ResNet-50", 256, 256, 3, 28, stride=2),
+    Conv2d("ResNet-50", 512, 512, 3, 14, stride=2),
+    Conv2d("ResNet-50", 256, 512, 1, 56, stride=2),
+    Conv2d("ResNet-50", 512, 1024, 1, 28, stride=2),
+    Conv2d("ResNet-50", 1024, 2048, 1, 14, stride=2),
+]
 TOKENS = (1, 8, 16, 32, 128, 512, 2048, 4096, 8192)
 SPARSITIES = (0.75, 0.875, 0.9375)
 VECTOR_SIZES = (64, 32, 128)
 WINDOWS = (256, None)
-LARGE = [*LLAMA, BERT[0]]  # what the goals for many tokens are about
+LARGE = [*LLAMA, BERT[0]]  # with many tokens: the goals are about Llama's, BERT-base is a step below them
 
 
 def default_cases() -> list[Case]:
@@ -106,6 +128,9 @@ def default_cases() -> list[Case]:
             *grid(BERT, (128, 4096), (64,), SPARSITIES[:2]),
             *grid(LARGE, (4096,), (32, 128), SPARSITIES[:2]),
             *grid(LLAMA, (1, 16), (32, 128), SPARSITIES[:2]),
+            *grid(ATTENTION[:1], (128, 4096), (64,), SPARSITIES[:2]),
+            *grid(LLAMA[:1], (16, 4096), (32, 128), SPARSITIES[2:]),
+            *grid(LLAMA[:1], (16, 4096), (32, 128), SPARSITIES[:1], (None,)),
             *grid(LLAMA[:1], TOKENS, (64,), SPARSITIES),
             *convolutions(RESNET, (64,), SPARSITIES[1:2]),
             *grid(BERT[:2], TOKENS, (64,), SPARSITIES[:2]),
@@ -119,8 +144,8 @@ def all_cases() -> list[Case]:
     return unique(
         [
             *default_cases(),
-            *grid([*LLAMA, *BERT], TOKENS, VECTOR_SIZES, SPARSITIES, WINDOWS),
-            *convolutions(RESNET, VECTOR_SIZES, SPARSITIES),
+            *grid([*LLAMA, *BERT, *ATTENTION], TOKENS, VECTOR_SIZES, SPARSITIES, WINDOWS),
+            *convolutions([*RESNET, *RESNET_REST], VECTOR_SIZES, SPARSITIES),
         ]
     )
 

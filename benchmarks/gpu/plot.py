@@ -49,7 +49,7 @@ def draw_plot(data: Record, path: Path) -> None:
     about = data.get("facts", {})
     figure.suptitle(
         f"{about.get('gpu', 'unknown GPU')}, torch {about.get('torch', '?')}, commit {str(about.get('commit'))[:12]}: "
-        "HiNM over cuBLAS in bfloat16, row-major input, inside a CUDA graph"
+        "HiNM over cuBLAS in bfloat16, row-major input, restored output, inside a CUDA graph"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
