@@ -27,6 +27,7 @@ Numbers = dict[str, Any]
 PROBE = Path(__file__).with_name("probe.cu")
 SECONDS = 0.3  # of each measurement
 LAUNCHES = 1000
+MEASUREMENTS = ("memory", "dense", "gather", "sparse", "transpose", "launch", "tune", "cusparselt", "probe")
 
 
 class Rates:
@@ -40,9 +41,12 @@ class Rates:
     def all(self, keep: Callable[[str, Numbers], None]) -> list[str]:
         """Every measurement, each handed to ``keep`` with its name; what failed comes back, in words."""
         failures = []
-        for name in ("memory", "dense", "gather", "sparse", "transpose", "launch", "tune", "cusparselt", "probe"):
+        for name in MEASUREMENTS:
             try:
-                keep(name, getattr(self, name)())
+                numbers = getattr(self, name)()
+                keep(name, numbers)
+                if "failed" in numbers:  # a part of it
+                    failures.append(f"{name}: {numbers['failed']}")
             except Exception as error:  # one that fails must not cost the others
                 failures.append(f"{name}: {type(error).__name__}: {error}")
                 keep(name, {"failed": failures[-1]})
@@ -153,18 +157,32 @@ class Rates:
             return {"version": torch.backends.cusparselt.version(), "captured": False, "failed": str(error)}
 
     def probe(self) -> Numbers:
-        """``probe.cu``: FLOP a second of ``mma.sp`` and of ``mma`` from registers, bytes a second gathered from L2."""
+        """``probe.cu``, part by part: FLOP a second of the tensor cores alone, bytes a second gathered from L2."""
         if not self.clock.on_gpu:
             return {"skipped": "needs a GPU"}
         nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
         if nvcc is None:
             return {"skipped": "needs nvcc on the PATH or in /usr/local/cuda"}
-        major, minor = torch.cuda.get_device_capability(self.device)
+        capability = torch.cuda.get_device_capability(self.device)
+        parts = {
+            "mma": (True, ""),
+            "tma": (capability >= (9, 0), "9.0 or more"),
+            "wgmma": (capability == (9, 0), "9.0"),
+        }
+        found: Numbers = {}
+        failed = []
         with TemporaryDirectory() as folder:
             program = str(Path(folder) / "probe")
-            flags = ["-O3", "-std=c++17", f"-arch=sm_{major}{minor}", *(["-DORDERED"] if major >= 10 else [])]
-            _run(nvcc, *flags, "-o", program, str(PROBE))
-            return json.loads(_run(program))
+            _run(nvcc, *probe_flags(capability), "-o", program, str(PROBE))
+            for part, (is_there, needed) in parts.items():
+                if not is_there:
+                    found[part] = {"skipped": f"needs compute capability {needed}"}
+                    continue
+                try:
+                    found |= json.loads(_run(program, part, timeout=15))
+                except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+                    failed.append(f"{part}: {error}")
+        return found | ({"failed": "; ".join(failed)} if failed else {})
 
     def _bare_gather(self, rows: int, columns: int, tokens: int, pattern: HiNMPattern) -> tuple[float, LinearOperands]:
         """Seconds of the gather kernel alone, between feature-major tensors."""
@@ -218,6 +236,12 @@ def print_row(row: cost.Gpu, capability: Sequence[int]) -> str:
     return f'({capability[0]}, {capability[1]}): Gpu("{row.name}", {numbers}, measured=True),'
 
 
+def probe_flags(capability: tuple[int, int]) -> list[str]:
+    """Of nvcc for ``probe.cu``: wgmma is of sm_90a alone, and from 10.0 on mma.sp wants ordered metadata."""
+    architecture = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
+    return ["-O3", "-std=c++17", f"-arch={architecture}", *(["-DORDERED"] if capability >= (10, 0) else [])]
+
+
 def prepare(device: torch.device) -> None:
     """Loads the kernels before anything is captured; nothing to do where they are emulated."""
     if device.type == "cuda":
@@ -232,8 +256,8 @@ def _round(number: float) -> float:
     return float(f"{number:.3g}")
 
 
-def _run(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
+def _run(*command: str, timeout: float = 60) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)  # noqa: S603
     if result.returncode:
         raise RuntimeError(f"{command[0]}: {(result.stderr or result.stdout).strip()[-2000:]}")
     return result.stdout

@@ -368,12 +368,32 @@ def test_no_gpu_no_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_120"])
-def test_the_probe_compiles(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_the_probe_compiles_with_the_instructions_of_each_gpu(capability: tuple[int, int], tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not here")
-    flags = ["-ptx", "-std=c++17", f"-arch={architecture}", *(["-DORDERED"] if architecture == "sm_120" else [])]
-    command = ["nvcc", *flags, "-o", str(tmp_path / "probe.ptx"), str(rates.PROBE)]
-    subprocess.run(command, check=True, capture_output=True)
-    expected = "mma.sp::ordered_metadata" if architecture == "sm_120" else "mma.sp.sync"
-    assert expected in (tmp_path / "probe.ptx").read_text()
+    command = ["nvcc", "-ptx", *rates.probe_flags(capability), "-o", str(tmp_path / "probe.ptx"), str(rates.PROBE)]
+    assert b"warning" not in subprocess.run(command, check=True, capture_output=True).stderr
+    text = (tmp_path / "probe.ptx").read_text()
+    assert ("mma.sp::ordered_metadata" if capability >= (10, 0) else "mma.sp.sync") in text
+    assert ("cp.async.bulk.tensor.2d" in text) == (capability >= (9, 0))
+    wgmma = re.findall(r"wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16 {[^}]*}, ({?)", text)
+    assert set(wgmma) == ({"{", ""} if capability == (9, 0) else set())
+
+
+@pytest.mark.parametrize(("capability", "skipped"), [((8, 9), {"tma", "wgmma"}), ((9, 0), set()), ((12, 0), {"wgmma"})])
+def test_a_part_costs_no_other(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], skipped: set[str]) -> None:
+    def run(command: list[str], **_: Any) -> Any:
+        return mock.Mock(returncode=command[-1] == "wgmma", stdout=f'{{"{command[-1]}_rate": 1}}', stderr="trap")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(rates, "MEASUREMENTS", ("probe",))
+    found: dict[str, Any] = {}
+    failures = rates.Rates(mock.Mock(device=CPU), mock.Mock(on_gpu=True)).all(lambda _, numbers: found.update(numbers))
+    assert {name for name, value in found.items() if isinstance(value, dict) and "skipped" in value} == skipped
+    assert [("wgmma" in failure, "trap" in failure) for failure in failures] == [(True, True)] * (
+        "wgmma" not in skipped
+    )
+    assert {name for name in found if name.endswith("_rate")} == {f"{part}_rate" for part in {"mma", "tma"} - skipped}
