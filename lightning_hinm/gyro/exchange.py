@@ -17,7 +17,7 @@ from lightning_hinm.pattern import HiNMPattern
 
 # Annealing: rounds, those of them that are noisy, and the noise of the first and the last noisy one, in standard
 # deviations of what a row is worth in a tile.
-ROUNDS, NOISY, HOT, COLD = 200, 0.8, 1.0, 0.1
+ROUNDS, NOISY, HOT, COLD = 150, 0.8, 1.0, 0.1
 # Multiply-adds that all rounds may cost together: fewer rounds for a larger matrix, but never fewer than this.
 WORK, FEWEST = 1 << 40, 24
 # Tiles among which a round moves rows: larger matrices are dealt out anew in every round, so that a round's cost grows
