@@ -85,7 +85,8 @@ def ptxas_12() -> str:
     return str(found)
 
 
-@pytest.mark.parametrize("architecture", [name for name in build.KNOWN_TO_12 if name not in build.KNOWN_TO_11])
+# On sm_120 it needs more registers than the newest does.
+@pytest.mark.parametrize("architecture", ["sm_120", pytest.param("sm_100", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["capability"][1] >= [10, 0]])
 def test_the_oldest_assembler_for_newer_gpus_takes_their_texts(file: str, architecture: str) -> None:
     check_assembly(file, architecture, ptxas_12())

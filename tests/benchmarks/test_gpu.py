@@ -368,7 +368,7 @@ def test_no_gpu_no_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("capability", [(9, 0), *(pytest.param(c, marks=pytest.mark.slow) for c in ((8, 0), (12, 0)))])
 def test_the_probe_compiles_with_the_instructions_of_each_gpu(capability: tuple[int, int], tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not here")
