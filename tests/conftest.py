@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before torch is imported: with one worker per core, a second thread in each only waits.
@@ -25,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_garbage() -> None:
+    """No collection looks again at what came before: beside all that torch's compiler keeps, it would take seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -70,7 +70,10 @@ def test_the_newest_assembler_takes_every_text(file: str, architecture: str) -> 
     check_assembly(file, architecture, ptxas_of(NEWEST))
 
 
-@pytest.mark.parametrize("architecture", build.KNOWN_TO_11)
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.slow) for name in build.KNOWN_TO_11],
+)
 @pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["ptx_version"] == "7.4"])
 def test_the_oldest_assembler_takes_the_texts_for_old_drivers(file: str, architecture: str) -> None:
     check_assembly(file, architecture, ptxas_of(OLDEST))
