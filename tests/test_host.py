@@ -287,6 +287,7 @@ def test_the_compiler_warns_of_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_two_processes_compile_at_once(tmp_path: Path) -> None:
     code = "from lightning_hinm.kernels import host; print(host.refusal())"
     environment = os.environ | {"PYTHONPATH": str(ROOT), host.SWITCH: str(tmp_path)}

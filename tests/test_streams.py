@@ -159,7 +159,11 @@ def test_a_transformer_restores_nothing_if_rows_stay_in_order_where_they_are_rea
 
 @pytest.mark.parametrize(
     ("name", "inner"),
-    [("vit", "aot_eager"), ("llama", "aot_eager"), ("resnet18", "inductor")],
+    [
+        ("vit", "aot_eager"),
+        ("resnet18", "inductor"),
+        pytest.param("llama", "aot_eager", marks=pytest.mark.slow),
+    ],
 )
 def test_a_network_with_shared_orders_compiles_to_what_the_masked_model_computes(name: str, inner: str) -> None:
     network = NETWORKS[name]

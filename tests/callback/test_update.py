@@ -51,6 +51,7 @@ class Deposit(Callback):
         torch.save(left, self.folder / f"{trainer.global_rank}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of two spawned processes
 def test_two_processes_agree_on_every_mask_layout_and_weight(tmp_path: Path) -> None:
     def callbacks() -> tuple[Callback, ...]:
