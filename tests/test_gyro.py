@@ -875,6 +875,17 @@ def test_a_long_search_for_several_matrices_reports_their_mean_and_does_not_chan
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("columns", [9, 17, 24])
+def test_the_gap_ends_where_an_unstructured_mask_keeps_as_many_and_begins_at_identity_whatever_was_given(columns):
+    saliency, pattern = structured(16, columns), HiNMPattern(4, 0.0 if columns % 4 else 0.5)
+    order = torch.randperm(16, generator=seeded())
+    low, found = search(saliency, pattern, method="identity"), search(saliency, pattern, output_order=order)
+    kept = int(hinm_mask(saliency, low.layout).sum())  # fewer where virtual columns complete a group
+    high = (saliency.flatten().topk(kept).values.sum(dtype=torch.float64) / saliency.sum(dtype=torch.float64)).item()
+    assert found.gap_closed == pytest.approx((found.retained - low.retained) / (high - low.retained))
+    assert found.gap_closed > 0
+
+
 def test_the_gap_closed_is_nought_at_identity_and_one_at_the_unstructured_mask():
     saliency, pattern = structured(32, 24), HiNMPattern(4)
     assert search(saliency, pattern, method="identity").gap_closed == 0.0

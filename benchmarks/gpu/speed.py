@@ -21,6 +21,7 @@ from lightning_hinm import HiNMWeight, plan, unpack
 from lightning_hinm.format import random_weight
 from lightning_hinm.ops import cost, gpu, hinm_conv2d, hinm_linear
 from lightning_hinm.ops.operands import LinearOperands
+from lightning_hinm.workload import Workload
 
 Record = dict[str, Any]
 DTYPE = torch.bfloat16
@@ -176,7 +177,7 @@ class Speed:
         facts["predicted"] = {storage: choice and choice.seconds for storage, choice in chosen.items()}
         facts["roof"] = {storage: choice and choice.roof for storage, choice in chosen.items()}
         facts["predicted_dense"] = dense
-        facts |= self._decide(plan.Workload((layer.rows, layer.columns), case.pattern, tuple(x.shape), *self.kind))
+        facts |= self._decide(Workload((layer.rows, layer.columns), case.pattern, tuple(x.shape), *self.kind))
         if self.measured:
             known = self.machine.shared_limit, self.measured
             facts["remeasured"] = {
@@ -235,12 +236,12 @@ class Speed:
             Contender(Key("op"), [partial(hinm_conv2d, rivals.x, *each) for each in copies], expected, eager=True),
         ]
         dilation, facts = (1, 1), Record(chosen={"row": "op"})
-        workload = plan.Workload(shape, case.pattern, tuple(rivals.x.shape), *self.kind, stride, padding, dilation)
+        workload = Workload(shape, case.pattern, tuple(rivals.x.shape), *self.kind, stride, padding, dilation)
         predicted = plan.predict(workload)
         facts |= {"predicted": {path: choice.seconds for path, choice in predicted.items()}}
         return contenders, facts | self._decide(workload), []
 
-    def _decide(self, workload: plan.Workload) -> Record:
+    def _decide(self, workload: Workload) -> Record:
         """What a model with this layer would do with it: decided by timing both once, as the library does."""
         decision = plan.decide(workload)
         times = {"dense": decision.dense_seconds, "sparse": decision.sparse_seconds}
