@@ -100,6 +100,30 @@ def response_norm(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return scale * (y * (length / (length.mean(dim=-1, keepdim=True) + 1e-6))) + shift + y
 
 
+def heads(y: Tensor, count: int = 4) -> Tensor:
+    """``[B, T, I]`` -> ``[B, count, T, I / count]``."""
+    return y.view(*y.shape[:2], count, -1).transpose(1, 2)
+
+
+def merged(y: Tensor) -> Tensor:
+    """Heads, one after another."""
+    return y.transpose(1, 2).contiguous().flatten(2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return merged(F.scaled_dot_product_attention(q, k, v, **options))
+
+
+def by_hand_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return merged(F.dropout((q * 0.3 @ k.mT).softmax(-1), 0.1, False) @ v)
+
+
+def repeated(y: Tensor, times: int) -> Tensor:
+    """Of each head so many copies."""
+    batch, count, tokens, size = y.shape
+    return y[:, :, None, :, :].expand(batch, count, times, tokens, size).reshape(batch, count * times, tokens, size)
+
+
 def added(y: Tensor, x: Tensor) -> Tensor:
     y += x
     return y
@@ -328,6 +352,53 @@ ABSORBED: dict[str, Case] = {
         *(TOKENS, 1, 1),
     ),
     "a slice": Case([nn.Linear(32, 64), *mlp()[1:]], lambda x, a, b: b(a(x)[..., 16:48]), TOKENS, blocks={0: 4}),
+    "tokens and channels": Case(mlp(reads=160), lambda x, a, b: b(a(x).flatten(1)), TOKENS),
+    "values": Case(mlp(), lambda x, a, b: b(attention(heads(x), heads(2 * x), heads(a(x)))), TOKENS, blocks={0: 4}),
+    "values, masked": Case(
+        mlp(),
+        lambda x, a, b: b(attention(heads(x), heads(x), heads(a(x).relu()), attn_mask=x[:1, :, :5] > 0)),
+        TOKENS,
+        blocks={0: 4},
+    ),
+    "values, by hand": Case(
+        mlp(),
+        lambda x, a, b: b(by_hand_attention(heads(x), heads(2 * x), heads(a(x)).float().double())),
+        TOKENS,
+        blocks={0: 4},
+    ),
+    "values of grouped queries": Case(
+        [nn.Linear(32, 16), mlp()[1]],
+        lambda x, a, b: b(attention(heads(x), heads(x[..., :16], 2), heads(a(x), 2), enable_gqa=True)),
+        TOKENS,
+        blocks={0: 2},
+    ),
+    "values that are repeated": Case(
+        [nn.Linear(32, 16), mlp()[1]],
+        lambda x, a, b: b(attention(heads(x), heads(2 * x), repeated(heads(a(x), 2), 2))),
+        TOKENS,
+        blocks={0: 2},
+    ),
+    "values of all heads": Case(
+        [nn.Linear(32, 8), mlp()[1]],
+        lambda x, a, b: b(attention(heads(x), heads(2 * x), heads(a(x), 1).expand(-1, 4, -1, -1))),
+        TOKENS,
+    ),
+    "queries and keys": Case(
+        three(), lambda x, a, b, c: b(attention(heads(a(x)), heads(c(x)), heads(x))), TOKENS, 1, 0, (0, 2), {0: 4, 2: 4}
+    ),
+    "queries and keys, by hand": Case(
+        three(),
+        lambda x, a, b, c: b(by_hand_attention(heads(a(x)), heads(c(x)), heads(x))),
+        TOKENS,
+        shared=(0, 2),
+        blocks={0: 4, 2: 4},
+    ),
+    "heads that come back": Case(
+        mlp(),
+        lambda x, a, b: b(a(x).view(3, 5, 4, 8).relu().reshape(15, 4, 8).flatten(1).view(3, 5, 32)),
+        TOKENS,
+        blocks={0: 4},
+    ),
 }
 RESTORED: dict[str, Case] = {
     "residual": Case(mlp(), lambda x, a, b: b(a(x) + x), TOKENS),
@@ -387,7 +458,41 @@ RESTORED: dict[str, Case] = {
         convs(), lambda x, a, b: b(F.instance_norm(a(x), x.new_zeros(32), x.new_ones(32))), IMAGES
     ),
     "heads": Case(mlp(), lambda x, a, b: b(a(x).view(3, 5, 8, 4).transpose(2, 3).reshape(3, 5, 32)), TOKENS),
-    "tokens and channels": Case(mlp(reads=160), lambda x, a, b: b(a(x).flatten(1)), TOKENS),
+    "heads, mixed": Case(
+        mlp(), lambda x, a, b: b(a(x).view(3, 5, 4, 8).transpose(2, 3).reshape(3, 5, 32)), TOKENS, blocks={0: 4}
+    ),
+    "values in an order that mixes heads": Case(
+        mlp(), lambda x, a, b: b(attention(heads(x), heads(x), heads(a(x)))), TOKENS
+    ),
+    "values of smaller heads": Case(
+        mlp(), lambda x, a, b: b(attention(heads(x, 8), heads(x, 8), heads(a(x), 8))), TOKENS, blocks={0: 4}
+    ),
+    "values that rotate": Case(
+        mlp(), lambda x, a, b: b(attention(heads(x), heads(x), heads(a(x)).roll(1, -1))), TOKENS, blocks={0: 4}
+    ),
+    "values, with others": Case(
+        mlp(), lambda x, a, b: b(attention(heads(x), heads(x), heads(a(x)) + heads(x))), TOKENS, blocks={0: 4}
+    ),
+    "values that are kept": Case(
+        [nn.Linear(32, 32), nn.Linear(32, 32)],
+        lambda x, a, b: b(attention(heads(x), heads(x), v := heads(a(x)))) + merged(v),
+        TOKENS,
+        blocks={0: 4},
+    ),
+    "queries": Case(mlp(), lambda x, a, b: b(attention(heads(a(x)), heads(x), heads(x))), TOKENS, blocks={0: 4}),
+    "keys": Case(mlp(), lambda x, a, b: b(by_hand_attention(heads(x), heads(a(x)), heads(x))), TOKENS, blocks={0: 4}),
+    "queries as weights": Case(
+        mlp(),
+        lambda x, a, b: b(merged(heads(a(x)) @ heads(x)[:, :, :, :8].mT.mT[:, :, :1].expand(-1, -1, 8, -1))),
+        TOKENS,
+        blocks={0: 4},
+    ),
+    "weights": Case(
+        mlp(),
+        lambda x, a, b: b(attention(heads(x), heads(x), heads(x), attn_mask=heads(a(x))[..., :5])),
+        TOKENS,
+        blocks={0: 4},
+    ),
     "added transposed": Case(mlp(), lambda x, a, b: b((y := a(x[:, :1].expand(3, 32, 32))) + y.mT), TOKENS),
     "outer product": Case(mlp(), lambda x, a, b: b((y := a(x))[..., None] * y[..., None, :]), TOKENS),
     "halves of one order": Case(mlp(64, 32), lambda x, a, b: b(a(x).chunk(2, dim=-1)[0]), TOKENS),

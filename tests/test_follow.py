@@ -37,6 +37,10 @@ UNARY: list[Callable[[Tensor], Tensor]] = [
     lambda y: y.cumsum(1).flip(0, 1) + y.softmax(1) + F.normalize(y, dim=-1),
     lambda y: y + y[..., WIDTH // 2 : 0].sum(-1, keepdim=True),
     lambda y: F.instance_norm(y.swapaxes(1, 2), None, None, SCALE).swapaxes(2, 1),
+    lambda y: attend(y.roll(1, -1), y.flip(-1), y),
+    lambda y: attend(y, y * 2, y.flip(1)),
+    lambda y: (y.view(2, 3, 2, 8) * 2).transpose(1, 2)[:, :, None].transpose(1, 3).flatten(2).view(2, 3, WIDTH),
+    lambda y: F.layer_norm(y.unflatten(-1, (2, 8)), (8,)).reshape(6, WIDTH).view(2, 3, WIDTH),
     lambda y: y.roll(1, -1),
     lambda y: y.flip(-1),
     lambda y: y.softmax(-1),
@@ -52,7 +56,18 @@ BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda y, z: y.view_as(z).lerp(z, 0.5),
     lambda y, z: torch.cat([y, z], -1)[..., WIDTH // 2 : -WIDTH // 2],
     lambda y, z: torch.cat([y[..., : WIDTH // 2], z[..., WIDTH // 2 :]], -1),
+    lambda y, z: attend(y, z, y),
+    lambda y, z: attend(y.roll(1, -1), z.roll(1, -1), z),
 ]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two heads, the values of the second one repeated from the first where ``v`` is half as wide."""
+    q, k, v = (each.view(2, 3, 2, WIDTH // 2).transpose(1, 2) for each in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v) + (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    return mixed.transpose(1, 2).reshape(2, 3, WIDTH)
+
+
 SCALE = torch.linspace(0.5, 2.0, WIDTH, dtype=torch.float64)
 HALVES = [torch.tensor([3, 1, 0, 2, 7, 5, 4, 6]) + start for start in (0, 8)]
 ORDERS = [

@@ -240,6 +240,41 @@ def test_rows_that_shall_stay_in_order_do_and_their_vectors_are_searched():
             assert two.retained == one.retained
 
 
+def test_rows_stay_in_their_heads_and_gain_from_an_order_inside_them():
+    torch.manual_seed(0)
+    model = Residual()
+    heads = {"attention": 4, "re:attention|gate|up": 2}  # the first that matches holds
+    free, kept, fixed = (
+        prune(copy.deepcopy(model), HiNMPattern(4), **arguments)
+        for arguments in ({}, {"heads": heads}, {"in_order": ["attention", "gate"]})
+    )
+    prune(model, HiNMPattern(4), heads=heads, shared_orders=[["gate", "up"]])
+    for name, count in {"attention": 4, "gate": 2, "up": 2}.items():
+        order = layout_of(model.get_submodule(name)).output_order
+        head = len(order) // count
+        assert torch.equal(order // head, torch.arange(len(order)) // head)
+        assert not torch.equal(order, torch.arange(len(order)))
+    assert torch.equal(layout_of(model.gate).output_order, layout_of(model.up).output_order)
+    retained = [{layer.name: layer.retained for layer in report.pruned} for report in (fixed, kept, free)]
+    for name in ("attention", "gate"):
+        assert retained[0][name] < retained[1][name] < retained[2][name]
+    assert retained[1]["down"] == retained[2]["down"]
+
+
+def test_heads_of_a_grouped_convolution_are_those_of_each_group():
+    model = nn.Sequential(nn.Conv2d(16, 32, 1, groups=2))
+    prune(model, HiNMPattern(4), heads={"*": 2})
+    order = layout_of(model[0]).output_order
+    assert torch.equal(order // 8, torch.arange(32) // 8)
+    assert not torch.equal(order, torch.arange(32))
+
+
+@pytest.mark.parametrize("count", [0, 2.0, True, None])
+def test_a_number_of_heads_is_a_number(count):
+    with pytest.raises(TypeError, match=r"heads\['gate'\]: got .* must be a number of heads"):
+        prune(Residual(), PATTERN, heads={"gate": count})
+
+
 def test_a_shared_weight_stays_in_order_by_each_of_its_names():
     model = Residual()
     prune(model, PATTERN, in_order=["tied"])
@@ -252,6 +287,11 @@ def test_a_shared_weight_stays_in_order_by_each_of_its_names():
     [
         ({"in_order": ["gtae"]}, "in_order: 'gtae' matches no"),
         ({"in_order": ["gate"], "shared_orders": SETS}, "gate is in `in_order`, so it takes no order from others"),
+        ({"heads": {"gtae": 2}}, "heads: 'gtae' matches no"),
+        ({"heads": {"gate": 5}}, "gate has 24 rows, which are no 5 equal parts of whole tiles of vector_size="),
+        ({"heads": {"gate": 24}}, "gate has 24 rows, which are no 24 equal parts of whole tiles of vector_size="),
+        ({"heads": {"gate": 2}, "in_order": ["gate"]}, "heads: gate is in `in_order` too"),
+        ({"heads": {"gate": 2}, "shared_orders": SETS}, "one order needs one number of heads, but the layers have"),
     ],
 )
 def test_rows_that_cannot_stay_in_order_are_refused_and_nothing_changes(arguments, message):

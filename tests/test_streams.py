@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_hinm import HiNMPattern, prune, shared_orders
 from lightning_hinm.passes import absorb_orders_pass
-from tests.graphs import moved, restored, set_orders, sparse_graph
+from tests.graphs import moved, restored, result, set_orders, sparse_graph
 from tests.networks import NETWORKS
 
 PATTERN = HiNMPattern(8)
@@ -155,6 +155,27 @@ def test_a_transformer_restores_nothing_if_rows_stay_in_order_where_they_are_rea
     assert before > 0 == sum(restored(gm))
     assert len(restored(gm)) == len(report.pruned)
     assert len(moved(gm)) == (name == "vit")  # whose class token enters the stream
+
+
+@pytest.mark.parametrize(
+    ("name", "in_order", "heads", "shared"),
+    [
+        ("bert", ["re:.*(output.dense|pooler.dense)$"], {"re:.*(query|key|value)$": 4}, [["re:.*(query|key)$"]]),
+        ("llama", ["re:.*([qko]|down)_proj$"], {"re:.*v_proj$": 2}, [["re:.*(gate|up)_proj$"]]),
+    ],
+)
+def test_a_transformer_restores_nothing_if_rows_stay_in_their_heads(
+    name: str, in_order: list[str], heads: dict[str, int], shared: list[list[str]]
+) -> None:
+    model, inputs = NETWORKS[name].make(), NETWORKS[name].inputs(2)
+    report = prune(model, HiNMPattern(4), shared_orders=shared, in_order=in_order, heads=heads)
+    gm, values = sparse_graph(model, **inputs)
+    before, expected = sum(restored(gm)), result(gm, values)
+    absorb_orders_pass(gm)
+    assert before > 0 == sum(restored(gm))
+    assert len(restored(gm)) == len(report.pruned)
+    assert not moved(gm)
+    torch.testing.assert_close(result(gm, values), expected)
 
 
 @pytest.mark.parametrize(

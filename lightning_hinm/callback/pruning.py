@@ -71,6 +71,7 @@ class HiNMPruning(Callback):
         shared_orders: sets of layers, each a list of entries as in ``include``, that get one ``output_order``, as in
             ``prune``. A layer that was pruned before the training keeps its own.
         in_order: layers whose rows stay where they are, as in ``prune``.
+        heads: layers whose rows stay in their heads, as in ``prune``.
 
     Raises:
         ValueError: if an argument has no meaning; all offenders in one message.
@@ -93,6 +94,7 @@ class HiNMPruning(Callback):
         time_budget: float | None = None,
         shared_orders: Sequence[Sequence[str]] = (),
         in_order: Sequence[str] = (),
+        heads: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         wrong = []
@@ -117,6 +119,7 @@ class HiNMPruning(Callback):
         self.time_budget = time_budget
         self.shared_orders = shared_orders
         self.in_order = in_order
+        self.heads = heads
         self._state = PruningState({})
         self._restored = False  # the state came from a checkpoint, and has not been compared with a model yet
         self._stage: str | None = None
@@ -181,7 +184,7 @@ class HiNMPruning(Callback):
             found = search(
                 saliency,
                 layer.pattern,
-                groups=layer.groups,
+                groups=layer.parts,
                 method=self.method,
                 generator=generator,
                 time_budget=time_budget,
@@ -209,7 +212,12 @@ class HiNMPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored, self._restored = self._restored, False
         layers, self._skipped = find_layers(
-            pl_module, self.pattern, include=self.include, ignore=self.ignore, in_order=self.in_order
+            pl_module,
+            self.pattern,
+            include=self.include,
+            ignore=self.ignore,
+            in_order=self.in_order,
+            heads=self.heads,
         )
         sets = find_sets(pl_module, layers, self._skipped, self.shared_orders)
         if not isinstance(self.saliency, str):

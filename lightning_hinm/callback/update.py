@@ -128,6 +128,7 @@ def share_order(
     return search_shared(
         scores,
         [layer.pattern for layer in layers],
+        groups=layers[0].parts,
         method=method,
         generator=generator_of(seed, names[0], update),
         time_budget=time_budget,

@@ -9,15 +9,16 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lightning_hinm.passes.channels import Channels, Stream
+from lightning_hinm.layout import is_in_order
+from lightning_hinm.passes.channels import Channels, Heads, Stream
 from lightning_hinm.passes.sparsify import shape_of
 
 if TYPE_CHECKING:
     from lightning_hinm.passes.follow import Walk
 
-# What a rule makes of a node: the channels of its value, of each of a tuple of values, () where it has none any more,
-# or None where the operation does not commute with orders of them.
-Made = Channels | tuple[Channels, ...] | None
+# What a rule makes of a node: the channels of its value, or its heads, or the channels of each of a tuple of values;
+# () where it has none any more; None where the operation does not commute with orders of them.
+Made = Channels | tuple[Channels, ...] | Heads | None
 Rule = Callable[["Walk", fx.Node], Made]
 
 
@@ -29,7 +30,7 @@ def pass_reduction(place: int) -> Rule:
         if channels is None or before is None or after is None or dims is None:
             return None
         if not dims:
-            return () if statically_known_true(_count(after) == 1) else None
+            return () if statically_known_true(count(after) == 1) else None
         return () if channels.axis in dims else _beside(channels, dims, before, after)
 
     return rule
@@ -77,7 +78,8 @@ def pass_unbind(walk: "Walk", node: fx.Node) -> Made:
 def pass_reshape(walk: "Walk", node: fx.Node) -> Made:
     """Where as many numbers follow from the channels' axis on as before, and that axis holds whole channels.
 
-    The numbers keep their sequence, so each channel's are still neighbours, at its place among the channels. A value
+    The numbers keep their sequence, so each channel's are still neighbours, at its place among the channels. Also
+    where the axis is cut into heads that no channel leaves, or copies of all channels stand one after another. A value
     whose shape they take is asked for nothing else.
     """
     x = argument(node, 0, "input")
@@ -86,13 +88,39 @@ def pass_reshape(walk: "Walk", node: fx.Node) -> Made:
     channels, before, after = walk.carried[x], shape_of(x), shape_of(node)
     if before is None or after is None or any(isinstance(a, torch.dtype) for a in node.args):
         return None
-    numbers = _count(before[channels.axis :])
+    numbers = count(before[channels.axis :])
     for axis in range(-len(after), 0):
         size = after[axis]
         whole = isinstance(size, int) and size > 0 and size % channels.size == 0
-        if whole and statically_known_true(_count(after[axis:]) == numbers):
+        if whole and _is_whole(after, axis, numbers):
             times = size // channels.size
             return Channels(axis, tuple((stream, spread * times) for stream, spread in channels.segments))
+        copies = before[channels.axis - 1] if len(before) > -channels.axis else 1
+        if isinstance(copies, int) and size == copies * channels.size and _is_whole(after, axis, copies * numbers):
+            return Channels(axis, channels.segments * copies)
+    return None if node in walk.barred else _cut_into_heads(node, channels, numbers, after)
+
+
+def _cut_into_heads(node: fx.Node, channels: Channels, numbers: Any, after: Sequence[Any]) -> Heads | None:
+    """``[..., heads * size, *rest]`` as ``[..., heads, size, *rest]``."""
+    # What is in order needs no rule, and would be a stream for each head of each layer.
+    orders = [order for stream in channels.streams for order in stream.orders if order is not None]
+    if all(is_in_order(order) for order in orders):
+        return None
+    for axis in range(-len(after), -1):
+        heads, size = after[axis], after[axis + 1]
+        cut = type(heads) is int and type(size) is int and heads > 1 and heads * size == channels.size
+        if not cut or not _is_whole(after, axis, numbers):
+            continue
+        each: list[Channels] = []
+        rest = channels
+        for _ in range(heads - 1):
+            halves = rest.cut(size)
+            if halves is None:
+                return None
+            each.append(halves[0].moved(axis + 1))
+            rest = halves[1]
+        return Heads(axis, (*each, rest.moved(axis + 1)), frozenset([node]))
     return None
 
 
@@ -106,15 +134,8 @@ def pass_expansion(walk: "Walk", node: fx.Node) -> Made:
 
 def pass_permutation(walk: "Walk", node: fx.Node) -> Made:
     """The channels' axis goes where it is sent; strides that differ show where."""
-    channels, before = walk.alone(node), input_shape(node)
-    if channels is None or before is None or len(node.all_input_nodes) > 1:
-        return None
-    rank = len(before)
-    marked = torch.empty_strided((1,) * rank, tuple(range(rank)), device="meta")
-    args: Any = fx.map_arg(node.args, lambda _: marked)
-    named: Any = fx.map_arg(node.kwargs, lambda _: marked)
-    function: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
-    return channels.moved(function(*args, **named).stride().index(channels.axis + rank) - rank)
+    channels, axes = walk.alone(node), permuted_axes(node)
+    return None if channels is None or axes is None else channels.moved(axes[channels.axis])
 
 
 def pass_getitem(walk: "Walk", node: fx.Node) -> Made:
@@ -248,6 +269,20 @@ def input_shape(node: fx.Node) -> Sequence[Any] | None:
     return shapes[0] if len(shapes) == 1 else None
 
 
+def permuted_axes(node: fx.Node) -> Sequence[int] | None:
+    """Where a permutation puts each axis of what it reads, all counted from the last one, so to be indexed by them."""
+    shape = input_shape(node)
+    if shape is None or len(node.all_input_nodes) > 1:
+        return None
+    rank = len(shape)
+    marked = torch.empty_strided((1,) * rank, tuple(range(rank)), device="meta")
+    args: Any = fx.map_arg(node.args, lambda _: marked)
+    named: Any = fx.map_arg(node.kwargs, lambda _: marked)
+    function: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    strides = function(*args, **named).stride()
+    return [strides.index(axis) - rank for axis in range(rank)]
+
+
 def is_number(node: fx.Node) -> bool:
     """Whether a node is one of a number, or of the sizes of a shape."""
     return isinstance(node.meta.get("example_value"), (int, float, torch.SymInt, torch.SymFloat, torch.Size))
@@ -257,5 +292,11 @@ def _is_index(item: Any) -> bool:
     return isinstance(item, fx.Node) and isinstance(item.meta.get("example_value"), torch.SymInt)
 
 
-def _count(sizes: Sequence[Any]) -> Any:
+def _is_whole(sizes: Sequence[Any], axis: int, numbers: Any) -> bool:
+    """Whether there are so many numbers from an axis on."""
+    return statically_known_true(count(sizes[axis:]) == numbers)
+
+
+def count(sizes: Sequence[Any]) -> Any:
+    """How many numbers a value of these sizes has."""
     return functools.reduce(operator.mul, sizes, 1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 
 @dataclass(eq=False)
@@ -119,3 +119,33 @@ class Channels(NamedTuple):
             pieces.append(start + (order.unsqueeze(1) * spread + torch.arange(spread)).flatten())
             start += stream.size * spread
         return torch.cat(pieces)
+
+
+class Heads(NamedTuple):
+    """The channels of a value that has an axis of heads.
+
+    No ``index_select`` puts such a value in another order. So where heads meet what does not pass them on, all is taken
+    back: what ``begun`` made is then read in the original order.
+
+    Args:
+        axis: of the heads, negative.
+        each: of every head its channels, all along one axis.
+        begun: the nodes that cut channels into these heads.
+    """
+
+    axis: int
+    each: tuple[Channels, ...]
+    begun: frozenset[fx.Node]
+
+    @property
+    def inner(self) -> int:
+        """The axis of the channels of each head."""
+        return self.each[0].axis
+
+    def moved(self, axis: int, inner: int) -> "Heads":
+        """The same along other axes, the second one that of the channels."""
+        return self._replace(axis=axis, each=tuple(channels.moved(inner) for channels in self.each))
+
+    def repeated(self, times: int) -> "Heads":
+        """Each head so many times, one copy after another."""
+        return self._replace(each=tuple(channels for channels in self.each for _ in range(times)))

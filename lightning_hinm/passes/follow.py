@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lightning_hinm.passes.channels import Channels, Stream
-from lightning_hinm.passes.rules import FRESH, RULES, is_number, written_by
+from lightning_hinm.passes.axes import Made
+from lightning_hinm.passes.channels import Channels, Heads, Stream
+from lightning_hinm.passes.rules import FRESH, HEADS_RULES, RULES, is_number, written_by
 from lightning_hinm.passes.sparsify import shape_of
 
 
@@ -72,15 +73,27 @@ class Flow:
 
 def follow_channels(gm: fx.GraphModule, layers: Mapping[fx.Node, Layer]) -> Flow:
     """The streams of all ``layers`` of a graph whose nodes know their ``example_value``."""
-    return Walk(gm, layers).flow
+    barred: frozenset[fx.Node] = frozenset()
+    while (walk := Walk(gm, layers, barred)).failed:
+        barred |= walk.failed
+    return walk.flow
 
 
 class Walk:
-    """The state of ``follow_channels``; rules read ``carried`` and call ``alone``, ``broadcast`` and ``enter``."""
+    """The state of ``follow_channels``; rules read ``carried`` and call ``alone``, ``broadcast`` and ``enter``.
 
-    def __init__(self, gm: fx.GraphModule, layers: Mapping[fx.Node, Layer]) -> None:
+    Args:
+        gm: the graph.
+        layers: its layers.
+        barred: nodes that may not cut channels into heads, because what follows would not pass them on.
+    """
+
+    def __init__(self, gm: fx.GraphModule, layers: Mapping[fx.Node, Layer], barred: frozenset[fx.Node]) -> None:
         self.flow = Flow()
+        self.barred = barred
+        self.failed: frozenset[fx.Node] = frozenset()  # nodes to bar: what was found is of no use
         self.carried: dict[fx.Node, Channels] = {}
+        self.heads: dict[fx.Node, Heads] = {}
         self.pieces: dict[fx.Node, tuple[Channels, ...]] = {}  # of values that are tuples
         self._left: dict[tuple[fx.Node, fx.Node | None], Edge] = {}
         writes = {node: written_by(node) for node in gm.graph.nodes}
@@ -88,7 +101,7 @@ class Walk:
         for node in gm.graph.nodes:
             if node in layers:
                 self._pass_layer(node, layers[node])
-            elif any(each in self.carried or each in self.pieces for each in node.all_input_nodes):
+            elif any(self._is_ordered(each) for each in node.all_input_nodes):
                 self._pass_node(node, writes[node])
         # An unknown operation may make a view: what is written into it, or into what it was made of, a copy would miss.
         aliased = any(
@@ -106,7 +119,7 @@ class Walk:
         read = self.carried.get(layer.x)
         others = nodes_in([value for value in (*node.args, *node.kwargs.values()) if value is not layer.x])
         told = read is not None and (read.axis, read.size) == (layer.axis, layer.columns)
-        if told and not any(other in self.carried or other in self.pieces for other in others):
+        if told and not any(self._is_ordered(other) for other in others):
             self.flow.readers[node] = self.carried[layer.x]
         else:
             self._leave(node)
@@ -114,25 +127,30 @@ class Walk:
         self.carried[node] = self.flow.writers[node] = Channels(layer.axis, ((stream, 1),))
 
     def _pass_node(self, node: fx.Node, written: Sequence[fx.Node]) -> None:
-        rule = RULES.get(node.target) if node.op in ("call_function", "call_method") else None
+        rules = HEADS_RULES if any(each in self.heads for each in node.all_input_nodes) else RULES
+        rule = rules.get(node.target) if node.op in ("call_function", "call_method") else None
         entered = len(self.flow.edges)
-        made = None
+        made: Made = None
         # What is written into keeps its order, so it must carry one already. NumPy's names of arguments are not read.
         known = not {"axis", "out"} & node.kwargs.keys() and all(each in self.carried for each in written)
         if rule is not None and known:
             made = rule(self, node)
-        if isinstance(made, Channels) and not _fits(node, made):
+        if isinstance(made, Channels | Heads) and not _fits(node, made):
             made = None
         if made is None:
             del self.flow.edges[entered:]
             self._leave(node)
         elif isinstance(made, Channels):
             self.carried[node] = made
+        elif isinstance(made, Heads):
+            self.heads[node] = made
         elif made:
             self.pieces[node] = made
 
     def _leave(self, node: fx.Node) -> None:
         for value in node.all_input_nodes:
+            if value in self.heads:
+                self.failed |= self.heads[value].begun
             if value in self.carried:
                 # One copy for all, unless something might be written between its readers.
                 key = value, None if self._pure else node
@@ -142,7 +160,7 @@ class Walk:
     def enter(self, node: fx.Node, value: fx.Node, channels: Channels, *, parameter: bool = False) -> bool:
         """Whether ``node`` may read ``value``, which is in the original order, as if it carried ``channels``."""
         shape = shape_of(value)
-        if value in self.carried or value in self.pieces or shape is None or not _fits(value, channels):
+        if self._is_ordered(value) or shape is None or not _fits(value, channels):
             return False
         few = all(statically_known_true(size == 1) for i, size in enumerate(shape) if i - len(shape) != channels.axis)
         self.flow.edges.append(Edge(value, [node], channels, enters=True, parameter=parameter or few, safe=True))
@@ -152,6 +170,14 @@ class Walk:
         """The channels of the only tensor that ``node`` reads."""
         tensors = [value for value in node.all_input_nodes if not is_number(value)]
         return self.carried.get(tensors[0]) if len(tensors) == 1 else None
+
+    def heads_alone(self, node: fx.Node) -> Heads | None:
+        """The heads of the only tensor that ``node`` reads."""
+        tensors = [value for value in node.all_input_nodes if not is_number(value)]
+        return self.heads.get(tensors[0]) if len(tensors) == 1 else None
+
+    def _is_ordered(self, value: fx.Node) -> bool:
+        return value in self.carried or value in self.pieces or value in self.heads
 
     def broadcast(self, node: fx.Node, values: Sequence[fx.Node]) -> Channels | None:
         """The channels of what is computed from ``values`` number by number, where all can have one order."""
@@ -173,11 +199,15 @@ class Walk:
         return channels
 
 
-def _fits(node: fx.Node, channels: Channels) -> bool:
+def _fits(node: fx.Node, made: Channels | Heads) -> bool:
     shape = shape_of(node)
-    if shape is None or len(shape) < -channels.axis:
+    if isinstance(made, Heads):
+        sizes = {made.axis: len(made.each), made.inner: made.each[0].size}
+    else:
+        sizes = {made.axis: made.size}
+    if shape is None or len(shape) < -min(sizes):
         return False
-    return statically_known_true(shape[channels.axis] == channels.size)
+    return all(statically_known_true(shape[axis] == size) for axis, size in sizes.items())
 
 
 def nodes_in(arguments: Any) -> list[fx.Node]:

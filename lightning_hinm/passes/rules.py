@@ -28,6 +28,15 @@ from lightning_hinm.passes.axes import (
     pass_unbind,
 )
 from lightning_hinm.passes.channels import Channels
+from lightning_hinm.passes.heads import (
+    add_axes,
+    drop_heads,
+    keep_heads,
+    multiply_heads,
+    pass_attention,
+    permute_heads,
+    reshape_heads,
+)
 from lightning_hinm.passes.sparsify import shape_of
 
 if TYPE_CHECKING:
@@ -52,7 +61,7 @@ def _pass_same(walk: "Walk", node: fx.Node) -> Made:
 def _pass_shape(walk: "Walk", node: fx.Node) -> Made:
     """What is asked of a shape does not depend on orders."""
     if node.op == "call_function" and node.args[1] in ("T", "mT"):
-        return pass_permutation(walk, node)
+        return (permute_heads if node.args[0] in walk.heads else pass_permutation)(walk, node)
     return () if node.op == "call_method" or node.args[1] in ("shape", "dtype", "device", "ndim") else None
 
 
@@ -246,6 +255,18 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys((F.group_norm, torch.group_norm), _pass_group_norm),
     **dict.fromkeys((F.prelu, torch.prelu, "prelu"), _pass_prelu),
     **dict.fromkeys((torch.conv1d, torch.conv2d), _pass_depthwise),
+    F.scaled_dot_product_attention: pass_attention,
+}
+# Of what reads a value that has heads.
+HEADS_RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys((*_NUMBERS, *_SAME, "expand"), keep_heads),
+    **dict.fromkeys((F.dropout,), drop_heads),
+    **dict.fromkeys(("size", "dim", "numel", getattr), _pass_shape),
+    **dict.fromkeys(_both(*_PERMUTATIONS), permute_heads),
+    **dict.fromkeys((*_both(*_RESHAPES), "view"), reshape_heads),
+    **dict.fromkeys((*_both("matmul"), operator.matmul), multiply_heads),
+    operator.getitem: add_axes,
+    F.scaled_dot_product_attention: pass_attention,
 }
 DENSE = {
     *(F.linear, torch.addmm, torch.conv1d, torch.conv2d, torch.conv3d),

@@ -44,6 +44,7 @@ def prune(
     time_budget: float | None = None,
     shared_orders: Sequence[Sequence[str]] = (),
     in_order: Sequence[str] = (),
+    heads: Mapping[str, int] | None = None,
 ) -> PruningReport:
     """Prunes the weights of ``model`` in place, one-shot: pruned weights are exactly zero, nothing else changes.
 
@@ -64,8 +65,12 @@ def prune(
             layers that write one residual stream, or whose outputs are multiplied, no order is then restored at run
             time. They are searched together, and retain a little less than with an order each, as the report shows.
         in_order: layers, in the same dialect, whose rows stay where they are, so that there is nothing to restore
-            either: those that are read head by head, or that make a result of the model. Only their vectors are
-            searched, which retains less than an order that is free.
+            either: queries and keys that are rotated, for one, or what makes a result of the model. Only their vectors
+            are searched, which retains less than an order that is free.
+        heads: numbers of attention heads by entries of the same dialect; the first that matches holds. No row leaves
+            its head, so that the order of a projection of values is absorbed through the attention by whoever reads
+            what comes out. Queries and keys that are not rotated need it too, and one order (``shared_orders``). It
+            retains less than an order that is free, and pays only where a head has more rows than a tile.
 
     Returns:
         The report: name, shape, sparsity and retained saliency of every layer, or the reason why it was skipped.
@@ -75,7 +80,7 @@ def prune(
             negative or not finite, a parametrised weight, layers that cannot share an order; all offenders in one
             message, and nothing was changed.
     """
-    layers, skipped = find_layers(model, pattern, include=include, ignore=ignore, in_order=in_order)
+    layers, skipped = find_layers(model, pattern, include=include, ignore=ignore, in_order=in_order, heads=heads)
     sets = find_sets(model, layers, skipped, shared_orders)
     scores = saliencies(layers, saliency)
     results: dict[str, SearchResult] = {}
@@ -90,7 +95,7 @@ def prune(
         found = search_shared(
             [scores[name] for name in names],
             [layer.pattern for layer in together],
-            groups=together[0].groups,
+            groups=together[0].parts,
             method=method,
             generator=generator,
             time_budget=share,

@@ -32,6 +32,7 @@ class PrunableLayer:
         kind: as ``pattern.layer_kind`` tells.
         pattern: the pattern it shall have.
         in_order: whether its rows stay where they are, and only the vectors are searched.
+        heads: equal parts of its rows, or of those of each channel group, that no row leaves.
     """
 
     name: str
@@ -39,6 +40,12 @@ class PrunableLayer:
     kind: str
     pattern: HiNMPattern
     in_order: bool = False
+    heads: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Equal parts of all rows that no row leaves."""
+        return self.groups * self.heads
 
     @property
     def groups(self) -> int:
@@ -73,18 +80,25 @@ def find_layers(
     include: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     in_order: Sequence[str] = (),
+    heads: Mapping[str, int] | None = None,
 ) -> tuple[list[PrunableLayer], list[LayerReport]]:
     """The layers to prune, and a report of those that are not, each with its reason. A shared weight comes once.
 
     Raises:
-        ValueError: for entries that match nothing, parametrised, uninitialised or non-finite weights, or nothing to
-            prune; all offenders in one message.
+        ValueError: for entries that match nothing, parametrised, uninitialised or non-finite weights, heads that are
+            not whole tiles, or nothing to prune; all offenders in one message.
     """
     prunable = named_layers(model)
     wrong: list[str] = []
     chosen = _match(model, prunable, include, "include", wrong)
     left_out = _match(model, prunable, ignore, "ignore", wrong) or set()
     fixed = {id(prunable[name].weight) for name in _match(model, prunable, in_order, "in_order", wrong) or ()}
+    heads_of: dict[int, int] = {}
+    for of_heads, count in (heads or {}).items():
+        if type(count) is not int or count < 1:
+            raise TypeError(f"heads[{of_heads!r}]: got {count!r}, but it must be a number of heads.")
+        for name in _match(model, prunable, [of_heads], "heads", wrong) or ():
+            heads_of.setdefault(id(prunable[name].weight), count)
     patterns: dict[str, HiNMPattern] = {}
     for entry, value in pattern.items() if isinstance(pattern, Mapping) else [(None, pattern)]:
         if not isinstance(value, HiNMPattern):
@@ -132,13 +146,21 @@ def find_layers(
         elif id(weight) in seen:
             reason = f"shares its weight with {seen[id(weight)]!r}, and is pruned with it"
         else:
-            layer = PrunableLayer(name, module, kind, patterns[name], id(weight) in fixed)
+            layer = PrunableLayer(name, module, kind, patterns[name], id(weight) in fixed, heads_of.get(id(weight), 1))
             reason = _does_not_pay(layer)
         if reason is not None:
             skipped.append(LayerReport(name, kind, tuple(weight.shape), reason=reason))
             continue
         seen[id(weight)] = name
         layers.append(layer)
+        rows, size = weight.shape[0] if kind != "hf_conv1d" else weight.shape[1], layer.pattern.vector_size
+        if layer.heads > 1 and rows % (layer.parts * size):
+            wrong.append(
+                f"heads: {name} has {rows} rows, which are no {layer.parts} equal parts of whole tiles of "
+                f"vector_size={size}. Name it in `in_order` instead, or lower its vector_size"
+            )
+        if layer.heads > 1 and layer.in_order:
+            wrong.append(f"heads: {name} is in `in_order` too, but its rows either stay where they are or do not")
         if weight.is_meta:
             wrong.append(f"{name}: its weight is on the meta device. Load or initialise it first")
         elif not weight.detach().isfinite().all():
@@ -170,8 +192,8 @@ def find_sets(
 
     Raises:
         ValueError: for entries that match nothing, layers that are not pruned, whose rows stay in order, that are
-            grouped convolutions or in two sets, and sets with different numbers of rows or tiles of different sizes;
-            all offenders in one message.
+            grouped convolutions or in two sets, and sets with different numbers of rows or heads, or tiles of
+            different sizes; all offenders in one message.
     """
     prunable, by_name = named_layers(model), {layer.name: layer for layer in layers}
     reasons = {entry.name: entry.reason for entry in skipped}
@@ -193,7 +215,8 @@ def find_sets(
                 wrong.append(f"{argument}: {name} is in shared_orders[{set_of[name]}] too")
         rows = {layer.name: layer.matrix.shape[0] for layer in members}
         sizes = {layer.name: layer.pattern.vector_size for layer in members}
-        for what, numbers in {"number of rows": rows, "vector_size": sizes}.items():
+        heads = {layer.name: layer.heads for layer in members}
+        for what, numbers in {"number of rows": rows, "vector_size": sizes, "number of heads": heads}.items():
             if len(set(numbers.values())) > 1:
                 wrong.append(f"{argument}: one order needs one {what}, but the layers have {numbers}")
     if wrong:

@@ -215,6 +215,19 @@ def test_rows_that_shall_stay_in_order_do_in_every_update(pattern: HiNMPattern) 
         fit(pruning_of(in_order=["net.9"]), model=Stream())
 
 
+@pytest.mark.parametrize("sets", [[], SETS], ids=["alone", "shared"])
+def test_rows_that_shall_stay_in_their_heads_do(sets: list[list[str]]) -> None:
+    callback = pruning_of(method="exchange", schedule=ONE_SHOT, shared_orders=sets, heads={"net.[02]": 3})
+    with pytest.raises(ValueError, match=r"heads: 'net\.\[02\]' matches no"):
+        fit(callback, model=Stream())
+    callback = pruning_of(method="exchange", schedule=ONE_SHOT, shared_orders=sets, heads={"re:net.[02]": 3})
+    fit(callback, model=Stream())
+    for name in ("net.0", "net.2"):
+        order = callback.layouts[name].output_order
+        assert torch.equal(order // 8, torch.arange(24) // 8)
+        assert not torch.equal(order, torch.arange(24))
+
+
 def test_a_layer_outside_all_sets_is_pruned_as_if_there_were_none() -> None:
     alone, beside = (pruning_of(method="exchange", saliency="magnitude", schedule=ONE_SHOT, shared_orders=sets)
                      for sets in ((), SETS))  # fmt: skip
