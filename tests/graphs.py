@@ -50,17 +50,22 @@ def packed_by_name(gm: fx.GraphModule, inputs: list[Any], *modules: nn.Module) -
 
 
 def set_orders(
-    model: nn.Module, pattern: HiNMPattern, shared: Sequence[Sequence[str]] = (), blocks: Mapping[str, int] = {}
+    model: nn.Module,
+    pattern: HiNMPattern,
+    shared: Sequence[Sequence[str]] = (),
+    blocks: Mapping[str, int] = {},
+    seed: int = 0,
 ) -> None:
-    """Prunes a model to random orders of rows.
+    """Prunes a model to random orders of rows, which takes no search.
 
     Args:
         model: any.
         pattern: what its layers are pruned to.
         shared: names of the layers that have one order.
         blocks: layers whose rows stay in as many equal blocks.
+        seed: of the orders.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     layers = {layer.name: layer for layer in find_layers(model, pattern)[0]}
     first = {name: names[0] for names in shared for name in names}
     assert set(first) | set(blocks) <= set(layers)

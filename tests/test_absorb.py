@@ -711,7 +711,7 @@ IMAGE_STREAMS: dict[str, tuple[list[list[str]], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mobilenet-v3"])
+@pytest.mark.parametrize("name", ["mobilenet-v3", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_dynamic_graph_restores_what_a_static_one_does(name: str) -> None:
     model, inputs, left = NETWORKS[name].make(), NETWORKS[name].inputs(2), []
     set_orders(model, PATTERN)

@@ -23,10 +23,12 @@ from lightning_hinm.ops import EXPANDED, warn_once
 from lightning_hinm.plan import Decision
 from lightning_hinm.prune import layout_of
 from lightning_hinm.workload import Workload
+from tests.graphs import set_orders
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 PATTERN = HiNMPattern(vector_size=8)
 ROOT = Path(__file__).parents[1]
+BOTH = pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
 
 
 class Net(nn.Module):
@@ -425,7 +427,7 @@ WRONG_INPUTS = {
 
 
 @pytest.mark.parametrize("x", WRONG_INPUTS.values(), ids=WRONG_INPUTS)
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
 def test_an_input_that_the_dense_model_refuses_is_refused(x: Tensor, dynamic: bool | None) -> None:
     model = mlp()
     function = compiled(model, "aot_eager", dynamic=dynamic)
@@ -474,8 +476,8 @@ class Views(nn.Module):
         return self.signal(z.mT).view(x.shape[0], -1)
 
 
-@pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@BOTH
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_sparse_convolutions_write_in_the_storage_of_dense_ones(convert: Any, inner: str) -> None:
     model = pruned(Views())
     converted = convert(model)
@@ -546,7 +548,7 @@ def chain() -> Any:
     """Layers whose orders are absorbed: each model has orders of its own."""
     layers = [nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)]
     model = nn.Sequential(*layers).eval()
-    prune(model, PATTERN)
+    set_orders(model, PATTERN, seed=int(torch.randint(1 << 30, ())))
     return model
 
 
@@ -826,7 +828,7 @@ IMAGES = torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 def normed(dtype: torch.dtype = torch.float32) -> Any:
     model = Normed()
-    prune(model, PATTERN)
+    set_orders(model, PATTERN, seed=int(torch.randint(1 << 30, ())))
     train_norms(model)
     return model.to(dtype).eval()
 
@@ -853,8 +855,8 @@ def assert_folded(function: Any, model: Any, norms: int = 0) -> None:
     assert run_norms(function, IMAGES.to(next(model.parameters()).dtype)) == norms
 
 
-@pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@BOTH
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_frozen_norms_are_folded_into_their_layers(convert: Any, inner: str) -> None:
     model = normed()
     with torch.inference_mode():
@@ -936,7 +938,7 @@ CHANGES = (train_norms, train, replace_norm, replace_statistics, reset, load_nor
 STAYING = {assign_inference_norms: 5, change_eps: 1}
 
 
-@pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
+@BOTH
 @pytest.mark.parametrize("change", [*CHANGES, assign_inference_norms, change_eps, scale_all])
 def test_a_folded_norm_that_changes_is_folded_anew(change: Any, convert: Any) -> None:
     model = convert(normed())
@@ -985,7 +987,7 @@ def test_a_converted_layer_that_is_repacked_behind_a_folded_norm_is_folded_anew(
         assert_folded(function, other)
 
 
-@pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
+@BOTH
 def test_a_norm_that_is_written_through_data_needs_repack(convert: Any) -> None:
     model = convert(normed())
     function = compiled(model)
@@ -1021,7 +1023,7 @@ def test_a_weight_with_two_biases_before_one_norm_is_folded_with_each() -> None:
             return self.norm(self.linear(x)) + self.norm(nn.functional.linear(x.exp(), self.linear.weight, self.bias))
 
     model = Biased().eval()
-    prune(model, PATTERN)
+    set_orders(model, PATTERN)
     function = compiled(model)
     with torch.inference_mode():
         assert_same(function, model, torch.randn(4, 32), calls=2)

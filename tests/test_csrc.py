@@ -57,7 +57,7 @@ def check_assembly(file: str, architecture: str, ptxas: str) -> None:
 
 
 # The others differ from one of these in their limits, hardly in their instructions.
-SAMPLED = ("sm_80", "sm_90", "sm_100", "sm_120")
+SAMPLED = ("sm_80", "sm_90", "sm_120")
 ASSEMBLED = [
     pytest.param(text["file"], name, marks=() if name in SAMPLED else pytest.mark.slow)
     for text in TEXTS

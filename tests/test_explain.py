@@ -22,6 +22,7 @@ from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.plan import LayerPlan, ModelPlan
 from lightning_hinm.prune import layout_of
 from lightning_hinm.workload import Workload
+from tests.graphs import set_orders
 from tests.test_plan import Net
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -30,14 +31,15 @@ ROOT = Path(__file__).parents[1]
 X = torch.randn(5, 8, 10, generator=torch.Generator().manual_seed(0))
 
 
-def pruned(model: nn.Module, method: str = "exchange") -> Any:
-    prune(model, PATTERN, method=method)
+def pruned(model: nn.Module) -> Any:
+    set_orders(model, PATTERN)
     return model.eval()
 
 
 @pytest.fixture
 def net() -> Net:
-    return pruned(Net(), "identity")
+    prune(model := Net(), PATTERN, method="identity")
+    return model.eval()
 
 
 def sparse_wins(monkeypatch: pytest.MonkeyPatch, *, by: float = 2.0) -> None:
@@ -467,7 +469,10 @@ def test_a_weight_that_something_else_reads_runs_dense(monkeypatch: pytest.Monke
     assert (called.path, called.order) == ("sparse", "restored: the output is the result of the graph")
 
 
-@pytest.mark.parametrize("first", ["from lightning_hinm.explain import explain", "import lightning_hinm"])
+@pytest.mark.parametrize(
+    "first",
+    ["from lightning_hinm.explain import explain", pytest.param("import lightning_hinm", marks=pytest.mark.slow)],
+)
 def test_the_function_is_not_hidden_by_its_module(first: str) -> None:
     program = (
         f"{first}\nimport importlib, sys, lightning_hinm, lightning_hinm.explain\n"

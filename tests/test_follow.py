@@ -133,7 +133,7 @@ def traced(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, list[Any]]:
     return gm, values
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     st.lists(steps, min_size=3, max_size=12),
     st.lists(st.integers(0, 3), min_size=1, max_size=2),

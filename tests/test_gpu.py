@@ -706,7 +706,10 @@ def test_a_bound_of_a_move_that_is_loosened_is_caught(kernel: str, bound: str) -
 
 
 @pytest.mark.parametrize("mistake", [each for each in MISTAKES if "bound" not in each and "half" not in each])
-@pytest.mark.parametrize("kernel", list(MUTATED))
+# The same lines as of the windowed kernel, but for those that bring the input in.
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(each, marks=pytest.mark.slow) if each == "windowed_features" else each for each in MUTATED]
+)
 def test_a_mistake_in_the_text_is_caught(kernel: str, mistake: str) -> None:
     found = list(mutants(mutated_text(kernel), mistake))
     if kernel == "decode" and ("transposed" in mistake or "swizzle" in mistake):

@@ -307,6 +307,7 @@ def sanitizer(name: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sanitizer("libasan.so") is None, reason="needs g++ with AddressSanitizer")
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     flags = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"

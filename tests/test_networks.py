@@ -14,6 +14,7 @@ from lightning_hinm import HiNMPattern, prune, to_hinm
 from lightning_hinm.modules import HiNMLayer
 from lightning_hinm.ops.operands import Conv2dOperands, LinearOperands
 from lightning_hinm.prune import PruningReport
+from tests.graphs import set_orders
 from tests.networks import NETWORKS
 
 PATTERN = HiNMPattern(vector_size=8)
@@ -25,14 +26,16 @@ pytestmark = [
 ]
 
 
-def pruned(name: str, method: str = "identity") -> tuple[Any, PruningReport]:
-    """The masked dense network, and what was pruned."""
+def pruned(name: str, mixed: bool = False) -> tuple[Any, PruningReport]:
+    """The masked dense network, its rows in order or in any, and what was pruned."""
     model = NETWORKS[name].make()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # as if it had been trained
             for tensor, low in ((module.running_mean, -0.5), (module.running_var, 0.5), (module.weight, 0.5)):
                 nn.init.uniform_(tensor, low, low + 1)  # type: ignore[arg-type]
-    report = prune(model, PATTERN, method=method)
+    report = prune(model, PATTERN, method="identity")
+    if mixed:
+        set_orders(model, PATTERN)
     return model.eval(), report
 
 
@@ -104,21 +107,17 @@ def test_one_dynamic_graph_computes_the_masked_model_for_all_batch_sizes_above_o
     assert graphs == (2 if name == "lstm" else 1)  # what stands before the LSTM, and behind it
 
 
-# One of each family, where its siblings differ in nothing that these ask for.
-FAMILIES = [
-    name
-    if name not in ("resnet18", "mobilenet-v2", "mobilenet-v3", "deit", "encoder", "encoder-causal")
-    else pytest.param(name, marks=pytest.mark.slow)
-    for name in NETWORKS
-]
+def only(*names: str) -> list[Any]:
+    """All networks, the others slow: they differ from these in little that a test asks for."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", only("bert", "unet", "convnext"))
 def test_a_single_sample_is_as_exact(name: str) -> None:
     check_batches(name, "aot_eager", (1,))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", only("llama", "efficientnet", "vit"))
 def test_bfloat16_is_as_close_as_its_precision(name: str) -> None:
     model, report = pruned(name)
     inputs = cast(NETWORKS[name].inputs(4), torch.bfloat16)
@@ -135,16 +134,13 @@ def test_aot_autograd_takes_the_dynamic_graph(name: str) -> None:
     check_batches(name, "aot_eager", (2, 5), dynamic=True)
 
 
-CHEAP = "encoder-padded"
-
-
-@pytest.mark.parametrize("name", [n if n == CHEAP else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
+@pytest.mark.parametrize("name", only("encoder-padded"))
 def test_inductor_compiles_the_rest(name: str) -> None:
     check_batches(name, "inductor", (2,))
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm._flat_weights.*during export:UserWarning")
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", only("resnet50", "unet", "gpt2", "llama", "encoder-padded"))
 def test_a_converted_network_is_copied_reloaded_exported_and_saved(name: str) -> None:
     model, report = pruned(name)
     converted = to_hinm(model)
@@ -171,7 +167,7 @@ def test_a_converted_network_is_copied_reloaded_exported_and_saved(name: str) ->
         assert_exact(torch.export.load(stream).module(), model, network.inputs(5), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "resnet18", "encoder"])
+@pytest.mark.parametrize("name", only("gpt2", "resnet18"))
 def test_a_compiled_network_is_copied_with_a_packing_of_its_own(name: str) -> None:
     model, report = pruned(name)
     function, inputs = compiled(name, model, "eager"), NETWORKS[name].inputs(3)
@@ -188,7 +184,6 @@ def test_a_compiled_network_is_copied_with_a_packing_of_its_own(name: str) -> No
         assert not torch.allclose(result(other, inputs), before)
 
 
-BOTH_WAYS = ("bert", "gpt2", "resnet50", "efficientnet", "convnext", "encoder", "lstm")
 OPERANDS = {
     "hinm.linear.default": ("op", *LinearOperands._fields),
     "hinm.conv2d.default": ("op", *Conv2dOperands._fields),
@@ -224,11 +219,11 @@ def held_by(gm: fx.GraphModule, argument: Any) -> Any:
     return getattr(gm, str(argument.target)) if argument.op == "get_attr" else (argument.op, str(argument.target))
 
 
-@pytest.mark.parametrize("name", [n if n in BOTH_WAYS else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
+@pytest.mark.parametrize("name", only("bert", "resnet50", "efficientnet", "encoder"))
 def test_a_dense_and_a_converted_network_compile_to_the_same_sparse_ops(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, report = pruned(name, "exchange")
+    model, report = pruned(name, mixed=True)
     dense = sparse_ops(name, model, model, monkeypatch)
     converted = sparse_ops(name, to_hinm(model), model, monkeypatch)
     assert len(dense) == len(converted) == len(report.pruned)

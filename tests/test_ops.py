@@ -233,8 +233,10 @@ def test_linear_writes_either_storage_of_rows_that_nothing_restores(
 
 
 # The default checks, less none: schema, autograd registration, fake tensors, and AOTAutograd with dynamic shapes.
-@pytest.mark.parametrize("decode", [False, True])
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    ("decode", "gradient"),
+    [(False, True), (True, False), *(pytest.param(x, x, marks=pytest.mark.slow) for x in (False, True))],
+)
 def test_linear_passes_opcheck(decode: bool, gradient: bool) -> None:
     _, (x, *packed) = linear_case(20, 19, PATTERNS[0], 3, 5, decode=decode)
     packed[4].requires_grad_(gradient)
@@ -244,8 +246,8 @@ def test_linear_passes_opcheck(decode: bool, gradient: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("case", [CONVOLUTIONS[1], CONVOLUTIONS[4]], ids=str)
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("case", [CONVOLUTIONS[1], pytest.param(CONVOLUTIONS[4], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("gradient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_conv2d_passes_opcheck(case: tuple, gradient: bool) -> None:
     _, (x, *packed) = conv_case(case, 2)
     packed[4].requires_grad_(gradient)

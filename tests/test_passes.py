@@ -218,7 +218,7 @@ def converted_graph(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, list[A
 
 def test_lifted_tensors_are_those_of_the_layers_and_what_follows_can_read_them() -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).half().eval()
-    prune(model, HiNMPattern(32, window=None), generator=torch.Generator().manual_seed(1))
+    set_orders(model, HiNMPattern(32, window=None))
     with emulated():
         converted = to_hinm(model)
         gm, inputs, tensors = converted_graph(converted, torch.randn(5, 32).half())
@@ -372,7 +372,7 @@ def normed(case: tuple[Any, Callable[..., Tensor], Tensor]) -> tuple[fx.GraphMod
     torch.manual_seed(0)
     layer, function, x = case
     model = Chain([layer, *norms()], function).eval()
-    prune(model, PATTERN, generator=torch.Generator().manual_seed(1))
+    set_orders(model, PATTERN)
     gm, inputs = capture(model, x)
     packed = packed_by_name(gm, inputs, layer)
     MADE[:] = packed.values()
@@ -409,7 +409,7 @@ def test_behind_a_folded_norm_orders_are_absorbed_and_activations_applied() -> N
     first, second, norm = nn.Conv2d(8, 64, 1), nn.Conv2d(64, 32, 1), nn.BatchNorm2d(64)
     nn.init.uniform_(norm.running_mean)  # type: ignore[arg-type]
     model = Chain([first, second, norm], lambda x, a, b, n: b(F.relu(n(a(x))))).half().eval()
-    prune(model, HiNMPattern(32), generator=torch.Generator().manual_seed(1))
+    set_orders(model, HiNMPattern(32))
     with emulated():
         gm, inputs = capture(model, IMAGES.half())
         packed = packed_by_name(gm, inputs, first, second)

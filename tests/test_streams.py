@@ -120,7 +120,10 @@ def test_a_model_whose_graph_breaks_is_followed_in_pieces() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["llama", "resnet18", "mobilenet-v3", "convnext", "vit"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "convnext", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "mobilenet-v3", "vit"))],
+)
 def test_layers_that_share_the_orders_that_are_listed_restore_less(name: str) -> None:
     model, inputs = NETWORKS[name].make(), NETWORKS[name].inputs(2)
     sets = shared_orders(model, *inputs.values(), pattern=PATTERN)
@@ -181,9 +184,8 @@ def test_a_transformer_restores_nothing_if_rows_stay_in_their_heads(
 @pytest.mark.parametrize(
     ("name", "inner"),
     [
-        ("vit", "aot_eager"),
         ("resnet18", "inductor"),
-        pytest.param("llama", "aot_eager", marks=pytest.mark.slow),
+        *(pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in ("vit", "llama")),
     ],
 )
 def test_a_network_with_shared_orders_compiles_to_what_the_masked_model_computes(name: str, inner: str) -> None:

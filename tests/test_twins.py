@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hinm import HiNMPattern, HiNMWeight, pack, prune, unpack
+from lightning_hinm import HiNMPattern, HiNMWeight, pack, unpack
 from lightning_hinm.prune import layout_of
 from lightning_hinm.twins import PackedTwin, repack_all, twin_of, twins_of
+from tests.graphs import set_orders
 
 PATTERN = HiNMPattern(vector_size=8)
 
 
 def pruned() -> Any:
     layer = nn.Linear(16, 16)
-    prune(layer, PATTERN)
+    set_orders(layer, PATTERN, seed=int(torch.randint(1 << 30, ())))
     return layer
 
 

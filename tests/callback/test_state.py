@@ -46,9 +46,16 @@ def final_state(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stop", [1, 3, 6, 8, 11, 14, 17])  # gathering, between updates, at an epoch's end, after all
-@pytest.mark.parametrize("saliency", ["taylor", "magnitude"])
-def test_a_resumed_training_is_bit_equal_to_one_never_stopped(stop: int, saliency: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("saliency", "stop"),
+    [
+        *(("taylor", stop) for stop in (1, 3, 6, 14)),  # gathering, between updates, at an epoch's end, after all
+        ("magnitude", 8),
+        *(pytest.param("taylor", stop, marks=pytest.mark.slow) for stop in (8, 11, 17)),
+        *(pytest.param("magnitude", stop, marks=pytest.mark.slow) for stop in (1, 3, 6, 11, 14, 17)),
+    ],
+)
+def test_a_resumed_training_is_bit_equal_to_one_never_stopped(saliency: Any, stop: int, tmp_path: Path) -> None:
     settings = {"saliency": saliency, "saliency_steps": 4, "schedule": GradualSchedule(0.1, 0.8, 4)}
     settings["method"] = "exchange"
     whole = trainer_of(pruning_of(**settings), ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_top_k=-1))
@@ -65,7 +72,7 @@ def test_a_resumed_training_is_bit_equal_to_one_never_stopped(stop: int, salienc
         assert layout_of(layers_of(model)[two.name]).retained == two.retained < 1
 
 
-@pytest.mark.parametrize("stop", [1, 6, 11, 17])
+@pytest.mark.parametrize("stop", [1, 11, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (6, 17))])
 def test_a_resumed_training_with_shared_orders_is_bit_equal(stop: int, tmp_path: Path) -> None:
     def callback() -> HiNMPruning:
         schedule = GradualSchedule(0.1, 0.8, 4)
