@@ -10,10 +10,17 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+import torch._dynamo.guards
 
 from lightning_hinm.ops import warn_once
 
 os.environ["LIGHTNING_HINM_LAYOUTS"] = "off"  # a search that is tested is a search that runs
+
+# Dynamo times the guards of each graph, with caches that it has emptied. And it writes down all that it traces where a
+# logger listens, as pytest does to any that does not propagate. Either takes longer than to trace a small graph.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+torch._logging._internal.trace_log.handlers.clear()
+torch._logging._internal.trace_log.propagate = True
 
 # No test asserts a time, not even that of an example: the first one may import, and machines are shared.
 hypothesis.settings.register_profile("lightning-hinm", deadline=None)

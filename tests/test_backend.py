@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import itertools
 import logging
 import subprocess
 import sys
@@ -28,7 +29,13 @@ from tests.graphs import set_orders
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 PATTERN = HiNMPattern(vector_size=8)
 ROOT = Path(__file__).parents[1]
-BOTH = pytest.mark.parametrize("convert", [lambda model: model, to_hinm], ids=["dense", "converted"])
+
+
+def leave(model: nn.Module) -> nn.Module:
+    return model
+
+
+BOTH = pytest.mark.parametrize("convert", [leave, to_hinm])
 
 
 class Net(nn.Module):
@@ -938,8 +945,19 @@ CHANGES = (train_norms, train, replace_norm, replace_statistics, reset, load_nor
 STAYING = {assign_inference_norms: 5, change_eps: 1}
 
 
-@BOTH
-@pytest.mark.parametrize("change", [*CHANGES, assign_inference_norms, change_eps, scale_all])
+ALL_CHANGES = (*CHANGES, assign_inference_norms, change_eps, scale_all)
+
+
+@pytest.mark.parametrize(
+    ("change", "convert"),
+    [
+        *zip(ALL_CHANGES, itertools.cycle((leave, to_hinm)), strict=False),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in zip(ALL_CHANGES, itertools.cycle((to_hinm, leave)), strict=False)
+        ),
+    ],
+)
 def test_a_folded_norm_that_changes_is_folded_anew(change: Any, convert: Any) -> None:
     model = convert(normed())
     function = compiled(model)

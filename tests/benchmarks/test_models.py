@@ -77,6 +77,7 @@ def test_whole_networks_are_compared_and_the_table_says_what_the_json_does(
     assert all(f"{name} {value}" in printed for name, value in written["facts"].items())
 
 
+@pytest.mark.slow
 def test_a_network_that_computes_something_else_is_marked_and_ends_the_benchmark_with_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,18 +139,24 @@ def test_a_given_saliency_decides() -> None:
         assert torch.equal(callback.masks[name], hinm_mask(given[name], layout))
 
 
-@pytest.mark.parametrize("saliency", ["taylor", "magnitude", "given"])
+NESTED = (
+    PATTERN,
+    HiNMPattern(4, 0.25, 1, 4),
+    HiNMPattern(8, 0.5, 2, 8),
+    HiNMPattern(4, 0.75, 4, 4),
+    HiNMPattern(5, 0.0, 2, 4),
+    HiNMPattern(4, 0.5, 2, 4, window=4),
+)
+SALIENCIES = ("taylor", "magnitude", "given")
+
+
 @pytest.mark.parametrize(
-    "pattern",
+    ("pattern", "saliency"),
     [
-        PATTERN,
-        HiNMPattern(4, 0.25, 1, 4),
-        HiNMPattern(8, 0.5, 2, 8),
-        HiNMPattern(4, 0.75, 4, 4),
-        HiNMPattern(5, 0.0, 2, 4),
-        HiNMPattern(4, 0.5, 2, 4, window=4),
+        pytest.param(pattern, saliency, marks=() if i % 3 == j else pytest.mark.slow)
+        for i, pattern in enumerate(NESTED)
+        for j, saliency in enumerate(SALIENCIES)
     ],
-    ids=str,
 )
 def test_masks_nest_and_obey_the_schedule_until_the_target_is_reached(pattern: HiNMPattern, saliency: Any) -> None:
     if saliency == "given":  # it does not know what is pruned already
