@@ -383,6 +383,26 @@ ABSORBED: dict[str, Case] = {
         lambda x, a, b: b(attention(heads(x), heads(2 * x), heads(a(x), 1).expand(-1, 4, -1, -1))),
         TOKENS,
     ),
+    "values, but no queries": Case(
+        three(),
+        lambda x, a, b, c: b(attention(heads(c(x)), heads(x), heads(a(x)))),
+        TOKENS,
+        restored=2,
+        blocks={0: 4, 2: 4},
+    ),
+    "values of all heads, but no keys": Case(
+        [nn.Linear(32, 8), mlp()[1], nn.Linear(32, 8)],
+        lambda x, a, b, c: b(attention(heads(x), *(heads(y, 1).expand(-1, 4, -1, -1) for y in (c(x), a(x))))),
+        TOKENS,
+        restored=2,
+    ),
+    "values, but no weights": Case(
+        [nn.Linear(32, 32), mlp()[1], nn.Linear(32, 8)],
+        lambda x, a, b, c: b(attention(heads(x), heads(x), heads(a(x)), attn_mask=c(x)[:, None, :, :5])),
+        TOKENS,
+        restored=2,
+        blocks={0: 4},
+    ),
     "queries and keys": Case(
         three(), lambda x, a, b, c: b(attention(heads(a(x)), heads(c(x)), heads(x))), TOKENS, 1, 0, (0, 2), {0: 4, 2: 4}
     ),

@@ -80,7 +80,7 @@ def follow_channels(gm: fx.GraphModule, layers: Mapping[fx.Node, Layer]) -> Flow
 
 
 class Walk:
-    """The state of ``follow_channels``; rules read ``carried`` and call ``alone``, ``broadcast`` and ``enter``.
+    """The state of ``follow_channels``; rules read ``carried`` and ``heads``, and call the public methods.
 
     Args:
         gm: the graph.
@@ -149,13 +149,18 @@ class Walk:
 
     def _leave(self, node: fx.Node) -> None:
         for value in node.all_input_nodes:
-            if value in self.heads:
-                self.failed |= self.heads[value].begun
-            if value in self.carried:
-                # One copy for all, unless something might be written between its readers.
-                key = value, None if self._pure else node
-                edge = Edge(value, [], self.carried[value], enters=False, parameter=False, safe=True)
-                self._left.setdefault(key, edge).users.append(node)
+            self.restore(node, value)
+
+    def restore(self, node: fx.Node, value: Any) -> None:
+        """``node`` reads ``value``, if that is in another order, in the original one."""
+        if value in self.heads:
+            self.failed |= self.heads[value].begun
+        if value in self.carried:
+            # One copy for all, unless something might be written between its readers.
+            key = value, None if self._pure else node
+            edge = Edge(value, [], self.carried[value], enters=False, parameter=False, safe=True)
+            users = self._left.setdefault(key, edge).users
+            users.extend([] if node in users else [node])
 
     def enter(self, node: fx.Node, value: fx.Node, channels: Channels, *, parameter: bool = False) -> bool:
         """Whether ``node`` may read ``value``, which is in the original order, as if it carried ``channels``."""

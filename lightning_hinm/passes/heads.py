@@ -84,20 +84,22 @@ def multiply_heads(walk: "Walk", node: fx.Node) -> Made:
 def pass_attention(walk: "Walk", node: fx.Node) -> Made:
     """A mean of the values, channel by channel, by weights that an order of queries and keys leaves alone."""
     query, key, value, mask = (argument(node, i, name) for i, name in enumerate(("query", "key", "value", "attn_mask")))
-    shape, channels = shape_of(node), walk.carried.get(value)
     queries, keys, values = (walk.heads.get(each) for each in (query, key, value))
-    if shape is None or mask in walk.carried or mask in walk.heads:
-        return None
-    if query in walk.carried or key in walk.carried or (queries is None) != (keys is None):
-        return None
-    if any(each is not None and (each.axis, each.inner) != (-3, -1) for each in (queries, keys, values)):
-        return None
-    if queries is not None and keys is not None and not _join(queries, keys):
-        return None
+    shape, channels = shape_of(node), walk.carried.get(value)
+    if not (queries and keys and _lie_as_attention_reads(queries, keys) and _join(queries, keys)):
+        walk.restore(node, query)
+        walk.restore(node, key)
+    walk.restore(node, mask)
     if values is None:  # the same channels for all heads, or in their original order
         return () if channels is None else channels if channels.axis == -1 else None
+    if shape is None or not _lie_as_attention_reads(values):
+        return None
     times, rest = divmod(shape[-3], len(values.each))  # each head of the values serves a group of queries
     return None if rest else values.repeated(times)
+
+
+def _lie_as_attention_reads(*heads: Heads) -> bool:
+    return all((each.axis, each.inner) == (-3, -1) for each in heads)
 
 
 def _join(one: Heads, two: Heads) -> bool:
