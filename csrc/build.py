@@ -3,6 +3,7 @@
 The same compiler gives the same bytes, in any folder. The ``.version`` line is lowered to what the instructions need,
 so that older drivers take the text; ptxas refuses it where that is too low. Where a text multiplies sparse matrices, a
 second one says ``mma.sp::ordered_metadata``, the form of PTX ISA 8.5, for GPUs of compute capability 10 and up.
+Compiled for compute capability 9, some sources give another kernel, whose blocks share their input (cluster.cuh).
 """
 
 import argparse
@@ -19,13 +20,15 @@ from typing import Any
 
 SOURCES = Path(__file__).resolve().parent
 PTX = SOURCES.parent / "lightning_hinm" / "ptx"
-FLAGS = ("-ptx", "-arch=compute_80", "-std=c++17", "-O3")
-TARGET = "sm_80"
-# The lowest PTX version that knows the instructions, the driver that first took it (as cuDriverGetVersion says it),
-# and the compute capabilities that the text serves.
-PLAIN = {"ptx_version": "7.4", "driver": 11040, "capability": [[8, 0], [9, 99]]}
-ORDERED = {"ptx_version": "8.5", "driver": 12050, "capability": [[10, 0], [99, 99]]}
+FLAGS = ("-ptx", "-std=c++17", "-O3")
+# The target, the lowest PTX version that knows the instructions, the driver that first took it (as cuDriverGetVersion
+# says it), and the compute capabilities that the text serves.
+PLAIN = {"target": "sm_80", "ptx_version": "7.4", "driver": 11040, "capability": [[8, 0], [9, 99]]}
+ORDERED = {"target": "sm_80", "ptx_version": "8.5", "driver": 12050, "capability": [[10, 0], [99, 99]]}
 ANY = {**PLAIN, "capability": [[8, 0], [99, 99]]}
+CLUSTERED = {"target": "sm_90", "ptx_version": "8.0", "driver": 12000, "capability": [[9, 0], [9, 99]]}
+CLUSTER = 4  # blocks along x: as in cluster.cuh
+NEWEST_TO_11 = "7.8"  # the newest PTX version that CUDA 11's assembler knows
 KNOWN_TO_11 = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")  # to CUDA 11's assembler
 KNOWN_TO_12 = (*KNOWN_TO_11, "sm_100", "sm_120")  # to that of CUDA 12.8, the first to know any for an ordered text
 ARCHITECTURES = (*KNOWN_TO_11, "sm_88", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
@@ -47,6 +50,8 @@ PACKING = {
     "64 (gather alone needs that), with zero values, metadata nibble 4 and a column of the same run",
     "activation": dict(enumerate(ACTIVATIONS)),
     "grid": "a number, a parameter's value, or [parameter, divisor]: ceil(parameter / divisor); none may be 0",
+    "cluster": "blocks along x that share their input, 1 where it is not given; compiled in, so that a plain launch "
+    "makes clusters; the x of the grid is rounded up to a multiple of it, and the blocks beyond take part in loading",
     "shared": "dynamic: bytes, and for each parameter in per its value times that many; the static shared memory in "
     "resources comes on top",
     "driver": "as cuDriverGetVersion counts: 1000 * major + 10 * minor; compute capabilities are inclusive",
@@ -59,6 +64,10 @@ def _pointer(name: str, dtype: str, layout: str, alignment: int = 16) -> dict[st
 
 def _numbers(*names: str) -> list[dict[str, Any]]:
     return [{"name": name.removesuffix(":64"), "type": "int64" if name.endswith(":64") else "int32"} for name in names]
+
+
+def _kernel(name: str, cluster: dict[str, int]) -> str:
+    return f"{name}_cluster" if cluster else name
 
 
 def _weight(dtype: str, x: str, out: str) -> list[dict[str, Any]]:
@@ -74,16 +83,16 @@ def _weight(dtype: str, x: str, out: str) -> list[dict[str, Any]]:
 
 
 def describe_entries() -> dict[str, dict[str, Any]]:
-    """Parameters, block, grid and dynamic shared memory of every entry, by its name.
+    """Parameters, block, grid, cluster and dynamic shared memory of every entry, by its name.
 
     A number of the grid is a parameter's value, or ``ceil(parameter / divisor)`` where it is a pair; shared memory is
     ``bytes`` and, for each parameter in ``per``, its value times that many bytes.
     """
     entries: dict[str, dict[str, Any]] = {}
     for short, dtype in DTYPES.items():
-        for tokens in (8, 16):
-            entries[f"decode_{short}_{tokens}"] = {
-                "kernel": "decode",
+        for tokens, cluster in product((8, 16), ({}, {"cluster": CLUSTER})):
+            entries[f"{_kernel('decode', cluster)}_{short}_{tokens}"] = {
+                "kernel": _kernel("decode", cluster),
                 "parameters": [
                     *_weight(dtype, "[tokens, columns], rows x_stride apart", "[tokens, rows], out_stride apart"),
                     *_numbers("tokens", "packed_rows", "columns", "x_stride", "pitch", "out_stride", "vector_size"),
@@ -94,6 +103,7 @@ def describe_entries() -> dict[str, dict[str, Any]]:
                 f"tokens <= {tokens} * 65535",
                 "block": 256,
                 "grid": [["packed_rows", 32], ["tokens", tokens], 1],
+                **cluster,
                 "shared": {"bytes": 0, "per": {"pitch": 2 * tokens}},
             }
         for rows, tokens, suffix in product((32, 64), (128, 64), ("", "_features")):
@@ -192,7 +202,7 @@ def build(folder: Path, assemblers: Sequence[str] = ("ptxas",)) -> None:
             if not lowest <= list(divmod(int(architecture[3:]), 10)) <= highest:
                 continue
             for assembler in assemblers:
-                if architecture not in known_to(assembler):
+                if architecture not in known_to(assembler, text["ptx_version"]):
                     continue
                 for name, used in assemble(folder / text["file"], architecture, assembler).items():
                     most = resources[name].setdefault(architecture, used)
@@ -200,7 +210,6 @@ def build(folder: Path, assemblers: Sequence[str] = ("ptxas",)) -> None:
     manifest = {
         "format": 1,
         "compiler": _run("nvcc", "--version").strip().splitlines()[-1],
-        "flags": list(FLAGS),
         "packing": PACKING,
         "texts": texts,
         "entries": {name: {**entry, "resources": resources[name]} for name, entry in entries.items()},
@@ -217,20 +226,22 @@ def compile_texts(folder: Path) -> dict[str, list[dict[str, Any]]]:
     texts: dict[str, list[dict[str, Any]]] = {}
     with TemporaryDirectory() as scratch:
         for kernel in sorted({entry["kernel"] for entry in describe_entries().values()}):
-            source = f"csrc/{kernel}.cu"
+            source = f"csrc/{kernel.removesuffix('_cluster')}.cu"
+            first = CLUSTERED if kernel.endswith("_cluster") else PLAIN
+            flags = [*FLAGS, f"-arch=compute_{str(first['target'])[3:]}"]
             compiled = Path(scratch) / f"{kernel}.ptx"
-            _run("nvcc", *FLAGS, "-o", str(compiled), str(SOURCES.parent / source))
+            _run("nvcc", *flags, "-o", str(compiled), str(SOURCES.parent / source))
             plain = compiled.read_text()
             sparse = "mma.sp" in plain
-            variants = {f"{kernel}.ptx": PLAIN if sparse else ANY}
-            if sparse:
+            variants = {f"{kernel}.ptx": first if sparse else ANY}
+            if sparse and first is PLAIN:
                 variants[f"{kernel}.ordered.ptx"] = ORDERED
             for name, variant in variants.items():
                 text = re.sub(r"^\.version .*$", f".version {variant['ptx_version']}", plain, count=1, flags=re.M)
                 if variant is ORDERED:
                     text = text.replace("mma.sp.sync", "mma.sp::ordered_metadata.sync")
                 (folder / name).write_text(text)
-                described = {"file": name, "target": TARGET, **variant, "sha256": _sha256(text.encode())}
+                described = {"file": name, **variant, "flags": flags, "sha256": _sha256(text.encode())}
                 texts.setdefault(kernel, []).append(
                     {**described, "source": source, "source_sha256": source_sha256(source)}
                 )
@@ -238,8 +249,10 @@ def compile_texts(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def source_sha256(source: str) -> str:
-    """Of a kernel's source and what it includes."""
-    return _sha256((SOURCES.parent / source).read_bytes() + (SOURCES / "hinm.cuh").read_bytes())
+    """Of a kernel's source and what it includes, in that order."""
+    text = (SOURCES.parent / source).read_bytes()
+    included = re.findall(rb'^#include "(.*)"$', text, re.M)
+    return _sha256(text + b"".join((SOURCES / name.decode()).read_bytes() for name in included))
 
 
 def assemble(text: Path, architecture: str, ptxas: str = "ptxas") -> dict[str, dict[str, int]]:
@@ -261,10 +274,16 @@ def assemble(text: Path, architecture: str, ptxas: str = "ptxas") -> dict[str, d
     return used
 
 
-def known_to(ptxas: str) -> tuple[str, ...]:
-    """The architectures that an assembler knows."""
+def known_to(ptxas: str, ptx_version: str = "7.4") -> tuple[str, ...]:
+    """The architectures that an assembler knows, if it knows that version of PTX."""
     version = _run(ptxas, "--version")
+    if "V11." in version and _numbered(ptx_version) > _numbered(NEWEST_TO_11):
+        return ()
     return KNOWN_TO_11 if "V11." in version else KNOWN_TO_12 if "V12." in version else ARCHITECTURES
+
+
+def _numbered(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def _run(*command: str) -> str:

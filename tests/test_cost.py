@@ -114,14 +114,47 @@ def test_shared_memory_is_what_the_manifest_says(vector_size: int) -> None:
     height, kept = vector_size, padded_kept(pattern, 2048)
     entries = {
         "decode": ("decode_f16_{}", {"pitch": cost.decode_pitch(2048)}),
+        "decode_cluster": ("decode_cluster_f16_{}", {"pitch": cost.decode_pitch(2048)}),
         "windowed": (f"windowed_f16_{min(height, 64)}_{{}}", {"held": 256}),
         "gather": (f"gather_f16_{height}", {"kept": kept}),
     }
     static = {"decode": 1152}  # a token's partial sums
-    for choice in list_kernels(call, 10**9, H100):
+    choices = list_kernels(call, 10**9, H100)
+    assert {choice.kernel for choice in choices} == entries.keys()
+    for choice in choices:
         name, sizes = entries[choice.kernel]
-        shared = kernels.entries()[name.format(choice.tokens)].shared_bytes(sizes)
-        assert choice.shared == shared + static.get(choice.kernel, 0) * choice.tokens
+        entry = kernels.entries()[name.format(choice.tokens)]
+        shared = entry.shared_bytes(sizes)
+        assert entry.cluster == (cost.CLUSTER if "cluster" in choice.kernel else 1)
+        own = static.get(choice.kernel.removesuffix("_cluster"), 0) * choice.tokens
+        assert choice.shared == shared + own + (cost.MBARRIERS if "cluster" in choice.kernel else 0)
+
+
+def clustered(call: Call, gpu: cost.Gpu = H100) -> dict[str, cost.Choice]:
+    return {f"{choice.kernel}_{choice.tokens}": choice for choice in list_kernels(call, LIMIT, gpu)}
+
+
+def test_blocks_share_their_input_only_where_the_gpu_has_clusters_of_them() -> None:
+    call = Call(HiNMPattern(64, 0.75), 11008, 4096, 16)
+    assert "decode_cluster_16" in clustered(call)
+    for gpu in (*(gpu for capability, gpu in GPUS.items() if capability != (9, 0)), replace(H100, cluster=2)):
+        assert not any("cluster" in name for name in clustered(call, gpu))
+
+
+def test_a_cluster_reads_its_input_once_and_waves_are_of_whole_clusters() -> None:
+    call = Call(HiNMPattern(64, 0.75), 32 * 130, 4096, 16)
+    # L2 alone, on a GPU of which a cluster can use 128 of 132 multiprocessors: 130 blocks are 33 clusters.
+    found = clustered(call, replace(H100, l2=1.0))
+    kept = padded_kept(call.pattern, 4096)
+    weight = 4160 * kept * 9 // 8 + 65 * kept * 2
+    assert found["decode_16"].seconds == pytest.approx((weight + 130 * 16 * 4096 * 2) * 132 / 130)
+    assert found["decode_cluster_16"].seconds == pytest.approx((weight + 33 * 16 * 4096 * 2) * 2 * 132 / 132)
+
+
+def test_where_sharing_gains_nothing_the_other_kernel_is_chosen() -> None:
+    chosen = choose_kernel(Call(HiNMPattern(64, 0.75), 64, 64, 3), LIMIT, H100)
+    assert chosen is not None
+    assert (chosen.kernel, chosen.roof) == ("decode", "launch")
 
 
 def test_a_gpu_without_a_row_of_its_own_takes_the_last_before_it() -> None:

@@ -88,6 +88,11 @@ def ptxas_12() -> str:
     return str(found)
 
 
+@pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["target"] == "sm_90"])
+def test_the_oldest_assembler_for_newer_texts_takes_those_of_clusters(file: str) -> None:
+    check_assembly(file, "sm_90", ptxas_12())
+
+
 # On sm_120 it needs more registers than the newest does.
 @pytest.mark.parametrize("architecture", ["sm_120", pytest.param("sm_100", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["capability"][1] >= [10, 0]])
@@ -111,6 +116,12 @@ def test_an_assembler_is_given_the_architectures_that_it_knows(find: Callable[[]
     assert not [architecture for architecture in known if f"'{architecture}'" not in listed]
 
 
+def test_an_assembler_is_given_no_text_of_a_later_version() -> None:
+    assert build.known_to(ptxas_of(OLDEST), "7.8") == build.KNOWN_TO_11
+    assert build.known_to(ptxas_of(OLDEST), "8.0") == ()
+    assert build.known_to(ptxas_12(), "8.5") == build.KNOWN_TO_12
+
+
 def test_a_rebuild_gives_the_same_bytes(tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else "no nvcc at all"
@@ -132,11 +143,12 @@ def test_the_manifest_describes_what_is_there() -> None:
         assert (b"mma.sp::ordered" in content) == (".ordered." in text["file"])
 
 
-def test_every_sparse_text_has_its_ordered_twin() -> None:
+def test_every_sparse_text_has_its_ordered_twin_but_those_of_clusters() -> None:
     for kernel, texts in MANIFEST["texts"].items():
         capabilities = [text["capability"] for text in texts]
         sparse = "mma.sp" in (build.PTX / f"{kernel}.ptx").read_text()
-        assert capabilities == ([[[8, 0], [9, 99]], [[10, 0], [99, 99]]] if sparse else [[[8, 0], [99, 99]]])
+        own = [[[8, 0], [9, 99]], [[10, 0], [99, 99]]] if sparse else [[[8, 0], [99, 99]]]
+        assert capabilities == ([[[9, 0], [9, 99]]] if kernel.endswith("_cluster") else own)
 
 
 @pytest.mark.parametrize("file", [text["file"] for text in TEXTS])
@@ -148,6 +160,7 @@ def test_the_abi_is_that_of_the_text(file: str) -> None:
         types = [PARAMETER_TYPES[parameter["type"]] for parameter in entry["parameters"]]
         assert [parameter[1] for parameter in program.entries[name].parameters] == types, name
         assert program.entries[name].max_threads == entry["block"], name
+        assert program.entries[name].cluster == entry.get("cluster", 1), name
 
 
 def test_the_description_of_entries_is_what_the_manifest_says() -> None:

@@ -25,7 +25,7 @@ from lightning_hinm.plan import predict
 from lightning_hinm.workload import Workload, measure, measuring_anew
 from tests.ptx import Fault
 from tests.ptx.device import Emulator, emulated, relative_error
-from tests.ptx.mutate import MISTAKES, entry_text, mutants
+from tests.ptx.mutate import CLUSTERED, MISTAKES, entry_text, mutants
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
@@ -52,17 +52,21 @@ def numbers(*size: int, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def only(kernel: str, tokens: int | None = None) -> Iterator[None]:
-    """The planner offers one kernel."""
+    """The planner offers one kernel; a name that ends in _features is that of a storage beside."""
     offered = cost.list_kernels
 
     def list_kernels(call: Call, shared_limit: int, gpu: cost.Gpu) -> list[Choice]:
-        found = [choice for choice in offered(call, shared_limit, gpu) if kernel.startswith(choice.kernel)]
+        found = [choice for choice in offered(call, shared_limit, gpu) if choice.kernel == family_of(kernel)]
         return [choice for choice in found if tokens in (None, choice.tokens)]
 
     gpu.choose.cache_clear()
     with mock.patch.object(cost, "list_kernels", list_kernels):
         yield
     gpu.choose.cache_clear()
+
+
+def family_of(kernel: str) -> str:
+    return kernel.removesuffix("_features")
 
 
 def run_linear(
@@ -102,6 +106,8 @@ PLAIN = HiNMPattern(window=None)
 ENTRIES = [
     ("decode", 8, 70, 136, 5, HiNMPattern(32, 0.5)),
     ("decode", 16, 200, 50, 29, HiNMPattern(128, 0.75)),
+    ("decode_cluster", 8, 70, 136, 5, HiNMPattern(32, 0.5)),  # three blocks of rows, tokens and columns to spare
+    ("decode_cluster", 16, 150, 20, 29, HiNMPattern(64, 0.75)),  # fewer copies of 16 bytes than blocks
     ("windowed", 128, 300, 90, 131, HiNMPattern(32, 0.5)),
     ("windowed", 128, 70, 600, 12, HiNMPattern(64, 0.75, window=104)),
     ("windowed", 64, 33, 601, 65, HiNMPattern(32, 0.5, window=136)),
@@ -124,10 +130,9 @@ def test_every_entry_computes_the_layer(case: tuple[Any, ...], dtype: torch.dtyp
     packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype, tile_order=tile_order)
     with emulated() as emulator, only(kernel, block):
         check_linear(packed, tokens_for(kernel, tokens, columns, dtype), numbers(rows, dtype=dtype))
-    family, *features = kernel.split("_")
     short = "bf16" if dtype == torch.bfloat16 else "f16"
-    (own,) = [name for name in emulator.launched if name.startswith(f"{family}_{short}")]
-    assert own.endswith("_features") == bool(features)
+    (own,) = [name for name in emulator.launched if name.startswith(f"{family_of(kernel)}_{short}")]
+    assert own.endswith("_features") == kernel.endswith("_features")
 
 
 @pytest.mark.parametrize("kernel", ["decode", "windowed", "windowed_features", "gather_features"])
@@ -143,7 +148,7 @@ def test_every_kernel_writes_feature_major_where_that_is_asked_for(kernel: str, 
         assert turned == (kernel != "gather_features"), "the gather kernel computes rows of features"
 
 
-@pytest.mark.parametrize("case", ENTRIES[::2], ids=str)
+@pytest.mark.parametrize("case", [case for case in ENTRIES if "cluster" not in case[0]][::2], ids=str)
 @pytest.mark.parametrize("schedule", ["lockstep", "warps"])
 def test_the_texts_for_newer_gpus_compute_the_same(case: tuple[Any, ...], schedule: str) -> None:
     kernel, block, rows, columns, tokens, pattern = case
@@ -193,7 +198,7 @@ def test_every_height_of_a_tile_runs(vector_size: int, kernel: str) -> None:
     rows=st.integers(1, 300),
     columns=st.integers(4, 300),
     tokens=st.integers(1, 140),
-    kernel=st.sampled_from(["decode", "windowed", "windowed_features", "gather"]),
+    kernel=st.sampled_from(["decode", "decode_cluster", "windowed", "windowed_features", "gather"]),
     vector_size=st.sampled_from([32, 64, 128]),
     vector_sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]),
     window=st.sampled_from([None, 16, 40, 256]),
@@ -204,7 +209,7 @@ def test_random_shapes_agree(
     rows: int, columns: int, tokens: int, kernel: str, seed: int, dtype: torch.dtype, **fields: Any
 ) -> None:
     packed = packed_layer(rows, columns, pattern=HiNMPattern(**fields), dtype=dtype)
-    tokens = min(tokens, cost.DECODE_TOKENS) if kernel == "decode" else tokens
+    tokens = min(tokens, cost.DECODE_TOKENS) if kernel.startswith("decode") else tokens
     with emulated(schedule="warps" if seed % 2 else "lockstep", seed=seed), only(kernel):
         check_linear(packed, tokens_for(kernel, tokens, columns, dtype), numbers(rows, dtype=dtype))
 
@@ -610,6 +615,7 @@ def test_layers_are_timed_on_their_kernels() -> None:
 
 MUTATED = {
     "decode": (16, 70, 1480, 11, HiNMPattern(64, 0.25, window=None)),
+    "decode_cluster": (16, 40, 88, 11, HiNMPattern(32, 0.5, window=None)),
     "windowed": (64, 300, 896, 70, HiNMPattern(64, 0.5, window=192)),  # nothing pads the kept vectors
     # Runs of four steps and one of three, so that every unrolled part is reached.
     "windowed_features": (64, 300, 1088, 70, HiNMPattern(64, 0.5, window=224)),
@@ -618,6 +624,7 @@ MUTATED = {
 UNPADDED = {**MUTATED, "windowed_features": MUTATED["windowed"]}  # what is read beyond the kept vectors is not zero
 BOUNDS = {
     "decode": ["tokens", "columns"],
+    "decode_cluster": ["tokens", "packed_rows", "columns"],
     "windowed": ["tokens", "packed_rows", "columns", "kept_of_last"],
     "windowed_features": ["tokens", "packed_rows", "columns", "kept_of_last"],
     "gather": ["tokens", "kept", "plane"],
@@ -636,7 +643,8 @@ def is_caught(kernel: str, text: str, cases: dict[str, Any] = MUTATED) -> bool:
     block, rows, columns, tokens, pattern = cases[kernel]
     packed = packed_layer(rows, columns, pattern=pattern, dtype=torch.float16)
     x = tokens_for(kernel, tokens, columns, torch.float16)
-    with emulated(texts={f"{kernel.split('_')[0]}.ptx": text}), only(kernel, block):
+    schedule = {"schedule": "warps", "seed": 1} if "cluster" in kernel else {}
+    with emulated(texts={f"{family_of(kernel)}.ptx": text}, **schedule), only(kernel, block):
         try:
             found, expected = run_linear(packed, x, None)
         except Fault:
@@ -674,9 +682,9 @@ def writes_planes(emulator: Emulator) -> bool:
 def mutated_text(kernel: str) -> str:
     if kernel in MOVES:
         return (kernels.FOLDER / f"{kernel}.ptx").read_text()
-    family, *features = kernel.split("_")
-    own = {"decode": "16", "windowed": "64_64", "gather": "64"}[family]
-    return entry_text((kernels.FOLDER / f"{family}.ptx").read_text(), "_".join([family, "f16", own, *features]))
+    family = family_of(kernel)
+    own = {"decode": "16", "windowed": "64_64", "gather": "64"}[family.removesuffix("_cluster")]
+    return entry_text((kernels.FOLDER / f"{family}.ptx").read_text(), f"{family}_f16_{own}{kernel[len(family) :]}")
 
 
 @pytest.mark.parametrize("kernel", list(MUTATED))
@@ -705,18 +713,23 @@ def test_a_bound_of_a_move_that_is_loosened_is_caught(kernel: str, bound: str) -
     assert all(is_move_caught(kernel, text) for _, text in found)
 
 
-@pytest.mark.parametrize("mistake", [each for each in MISTAKES if "bound" not in each and "half" not in each])
-# The same lines as of the windowed kernel, but for those that bring the input in.
-@pytest.mark.parametrize(
-    "kernel", [pytest.param(each, marks=pytest.mark.slow) if each == "windowed_features" else each for each in MUTATED]
-)
+# Of what a kernel that shares its input is made of besides, the other one of its source is mutated.
+MUTANTS = [
+    (kernel, each)
+    for kernel in MUTATED
+    for each in (["a barrier removed", *CLUSTERED] if "cluster" in kernel else MISTAKES)
+    if "bound" not in each and "half" not in each and ("cluster" in kernel or each not in CLUSTERED)
+]
+
+
+@pytest.mark.parametrize(("kernel", "mistake"), MUTANTS)
 def test_a_mistake_in_the_text_is_caught(kernel: str, mistake: str) -> None:
     found = list(mutants(mutated_text(kernel), mistake))
     if kernel == "decode" and ("transposed" in mistake or "swizzle" in mistake):
         assert not found, "the decode kernel has no ldmatrix, and nothing to swizzle"
         return
     assert found
-    if "barrier" not in mistake:  # every one of them
+    if "barrier" not in mistake and mistake not in CLUSTERED:  # every one of them
         found = found[:: -(-len(found) // SAMPLE)]
     missed = [line for line, text in found if not is_caught(kernel, text)]
     assert not missed, f"nothing noticed {mistake} in lines {missed}"
@@ -724,8 +737,7 @@ def test_a_mistake_in_the_text_is_caught(kernel: str, mistake: str) -> None:
 
 @pytest.mark.parametrize(("kernel", "bound"), [(kernel, bound) for kernel in BOUNDS for bound in BOUNDS[kernel]])
 def test_a_bound_that_is_loosened_is_caught(kernel: str, bound: str) -> None:
-    family = kernel.split("_")[0]
-    entry = next(entry for name, entry in kernels.entries().items() if name.startswith(f"{family}_f16_"))
+    entry = next(entry for name, entry in kernels.entries().items() if name.startswith(f"{family_of(kernel)}_f16_"))
     place = [parameter.name for parameter in entry.parameters].index(bound)
     found = list(mutants(mutated_text(kernel), "a bound that is loosened", place))
     assert found
@@ -784,6 +796,15 @@ def test_the_decode_kernel_streams_its_weights() -> None:
     assert report.global_sectors["load"] < 1.1 * report.global_sectors_ideal["load"]
 
 
+def test_a_cluster_of_decode_reads_its_input_once_and_gathers_as_the_other_kernel_does() -> None:
+    pattern = HiNMPattern(64, 0.5, window=None)  # 256 rows of 512 columns: 8 blocks, 2 clusters
+    (alone,), (shared,) = (count(kernel, 8, 8, pattern).reports for kernel in ("decode", "decode_cluster"))
+    sectors = 8 * 512 * 2 // 32
+    assert alone.global_sectors["load"] - shared.global_sectors["load"] == (8 - 2) * sectors
+    assert {**shared.wavefronts, "cp.async": 0} == {**alone.wavefronts, "cp.async": 0}
+    assert shared.mma == alone.mma
+
+
 def test_the_transpose_kernel_moves_whole_sectors_and_conflicts_only_where_it_reads_two_bytes() -> None:
     with emulated() as emulator:
         x, out = numbers(128, 192, dtype=torch.float16), torch.empty(192, 128, dtype=torch.float16)
@@ -808,6 +829,8 @@ def test_the_planes_kernel_writes_whole_sectors() -> None:
 @pytest.mark.parametrize("case", ENTRIES, ids=str)
 def test_every_entry_computes_the_layer_on_a_gpu(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     kernel, block, rows, columns, tokens, pattern = case
+    if "cluster" in kernel and not cost.gpu_of(torch.device("cuda")).cluster:
+        pytest.skip("needs a GPU of compute capability 9, whose blocks can share their input")
     packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype).to("cuda")
     with only(kernel, block):
         check_linear(packed, tokens_for(kernel, tokens, columns, dtype, "cuda"), numbers(rows, dtype=dtype).cuda())

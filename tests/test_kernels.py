@@ -41,24 +41,26 @@ PARAMETERS = [
     {"name": "rows", "type": "int32"},
     {"name": "columns", "type": "int32"},
 ]
-SLOTS = "mix=8,4,8,8,4,8,4,4;other=8,4,8,8,4,8,4,4;fixed=8"
+SLOTS = "mix=8,4,8,8,4,8,4,4;other=8,4,8,8,4,8,4,4;fixed=8;pack=8,4,8,8,4,8,4,4"
 MIX = {
     "kernel": "mix", "parameters": PARAMETERS, "block": 256, "grid": [["rows", 32], ["tokens", 8], 1],
     "shared": {"bytes": 128, "per": {"columns": 16}},
 }  # fmt: skip
 FIXED = {"kernel": "fixed", "parameters": PARAMETERS[:1], "block": 64, "grid": [3, 1, 1], "shared": {"bytes": 0}}
-ENTRIES = {"mix": MIX, "other": {**MIX, "grid": ["rows", 1, "tokens"]}, "fixed": FIXED}
+PACK = {**MIX, "kernel": "pack", "cluster": 4}
+ENTRIES = {"mix": MIX, "other": {**MIX, "grid": ["rows", 1, "tokens"]}, "fixed": FIXED, "pack": PACK}
 TEXTS: dict[str, list[dict[str, Any]]] = {
     "mix": [
         {"file": "mix.ptx", "driver": 11040, "capability": [[8, 0], [9, 99]]},
         {"file": "mix.ordered.ptx", "driver": 12050, "capability": [[10, 0], [99, 99]]},
     ],
     "fixed": [{"file": "fixed.ptx", "driver": 11040, "capability": [[8, 0], [99, 99]]}],
+    "pack": [{"file": "pack.ptx", "driver": 12000, "capability": [[9, 0], [9, 99]]}],
 }
 
 
 def write_folder(folder: Path, **changes: Any) -> Path:
-    """The texts and the manifest of three entries; ``changes`` replace parts of the manifest."""
+    """The texts and the manifest of four entries; ``changes`` replace parts of the manifest."""
     texts = copy.deepcopy(TEXTS)
     for kernel, several in texts.items():
         for text in several:
@@ -220,6 +222,14 @@ def _launch_fixed() -> str:
     return _error_of(kernels.launch, "fixed", on_gpu())
 
 
+def _launch_clusters() -> str:
+    try:
+        kernels.launch("pack", *numbers().values())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _launch_on_streams(*streams: int) -> None:
     for stream in streams:
         kernels._current_stream = lambda index, stream=stream: stream
@@ -228,7 +238,7 @@ def _launch_on_streams(*streams: int) -> None:
 
 # What is wrong with the arguments of a launch, and what the error says.
 WRONG: dict[str, tuple[Callable[[], tuple[Any, ...]], str]] = {
-    "an entry that is not there": (lambda: ("nix",), "nix: is not in the manifest, which has mix, other, fixed"),
+    "an entry that is not there": (lambda: ("nix",), "nix: is not in the manifest, which has mix, other, fixed, pack"),
     "an argument too few": (
         lambda: ("mix", *list(numbers().values())[:-1]),
         "mix: got 7 arguments, but takes 8: x, tokens, bias, stride, scale, out, rows, columns",
@@ -368,6 +378,8 @@ def test_an_entry_knows_its_grid_and_shared_memory(
     assert kernels.entries()["other"].grid(sizes) == (sizes["rows"], 1, sizes["tokens"])
     assert kernels.entries()["fixed"].grid({}) == (3, 1, 1)
     assert kernels.entries()["fixed"].shared_bytes({}) == 0
+    assert kernels.entries()["pack"].grid(sizes) == (-(-grid[0] // 4) * 4, *grid[1:]), "whole clusters"
+    assert (kernels.entries()["pack"].cluster, entry.cluster) == (4, 1)
 
 
 def test_entries_are_what_the_manifest_says_and_cannot_be_changed(
@@ -375,7 +387,7 @@ def test_entries_are_what_the_manifest_says_and_cannot_be_changed(
 ) -> None:
     monkeypatch.setattr(kernels, "FOLDER", folder)
     entries = kernels.entries()
-    assert list(entries) == ["mix", "other", "fixed"]
+    assert list(entries) == ["mix", "other", "fixed", "pack"]
     assert [dataclasses.asdict(parameter) for parameter in entries["mix"].parameters] == [
         {"dtype": "", "layout": "", "alignment": 1, **parameter} for parameter in PARAMETERS
     ]
@@ -391,9 +403,10 @@ def test_entries_are_what_the_manifest_says_and_cannot_be_changed(
         ({"format": 2}, "manifest.json: format is 2, but this lightning_hinm reads 1"),
         (
             {"entries": {"mix": {**MIX, "kernel": "nix"}}},
-            r"mix: kernel is 'nix', but must be one of \['mix', 'fixed'\]",
+            r"mix: kernel is 'nix', but must be one of \['mix', 'fixed', 'pack'\]",
         ),
         ({"entries": {"mix": {**MIX, "block": 0}}}, "mix: block is 0, but must be an integer of at least 1"),
+        ({"entries": {"mix": {**MIX, "cluster": 0}}}, "mix: cluster is 0, but must be an integer of at least 1"),
         ({"entries": {"mix": {**MIX, "block": "8"}}}, "mix: block is '8', but must be an integer of at least 1"),
         ({"entries": {"mix": {**MIX, "grid": [1, 1]}}}, "mix: grid has 2 dimensions, but must have 3"),
         ({"entries": {"mix": {**MIX, "grid": [["rows", 0], 1, 1]}}}, "mix: grid is 0, but must be an integer of at le"),
@@ -559,16 +572,34 @@ def test_the_limit_of_shared_memory_is_the_devices_own(driver: Driver) -> None:
     assert driver.run(_shared_limits, STUB_OPTIN="101376") == [101376] * 3
 
 
-@pytest.mark.parametrize(("capability", "file"), [("80", "mix.ptx"), ("90", "mix.ptx"), ("120", "mix.ordered.ptx")])
-def test_preparing_loads_each_text_and_function_once(driver: Driver, capability: str, file: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "file", "clusters"),
+    [("80", "mix.ptx", []), ("90", "mix.ptx", ["pack"]), ("120", "mix.ordered.ptx", [])],
+)
+def test_preparing_loads_each_text_and_function_once(
+    driver: Driver, capability: str, file: str, clusters: list[str]
+) -> None:
     driver.run(_prepare, 0, 1, 0, STUB_CAPABILITY=capability)
-    sizes = [(driver.folder / name).stat().st_size for name in (file, "fixed.ptx")]
+    there = [name for name in ENTRIES if name != "pack" or clusters]
+    sizes = [(driver.folder / name).stat().st_size for name in (file, "fixed.ptx", *(f"{c}.ptx" for c in clusters))]
     loads = [(call["device"], call["bytes"]) for call in driver.calls("cuModuleLoadDataEx")]
     assert loads == [(device, size) for device in (0, 1) for size in sizes]
     # All that the static memory of the function leaves of the device's limit.
     attributes = [(call["function"], call["attribute"], call["value"]) for call in driver.calls("cuFuncSetAttribute")]
-    assert attributes == [(name, 8, 232448 - 1024) for name in ENTRIES] * 2
-    assert [call["function"] for call in driver.calls("cuFuncLoad")] == list(ENTRIES) * 2
+    assert attributes == [(name, 8, 232448 - 1024) for name in there] * 2
+    assert [call["function"] for call in driver.calls("cuFuncLoad")] == there * 2
+
+
+def test_an_entry_of_clusters_is_launched_in_whole_ones_where_they_are_and_refused_elsewhere(driver: Driver) -> None:
+    assert driver.run(_launch_clusters) == ""
+    (call,) = driver.calls("cuLaunchKernel")
+    assert (call["function"], call["grid"]) == ("pack", [4, 2, 1])
+    for capability in ("80", "120"):
+        assert driver.run(_refusals, "cuda:0", STUB_CAPABILITY=capability) == [None]
+        error = driver.run(_launch_clusters, STUB_CAPABILITY=capability)
+        got = f"its compute capability is {capability[:-1]}.0, but pack takes 9.0 to 9.99"
+        assert error == f"pack: {got}. Launch an entry without clusters."
+    assert len(driver.calls("cuLaunchKernel")) == 1
 
 
 def test_a_driver_that_cannot_force_a_load_is_enough(driver: Driver) -> None:
@@ -636,7 +667,7 @@ def test_a_launch_makes_the_context_of_its_tensors_current_only_where_it_is_not(
 
 def test_threads_do_not_mix_their_arguments_and_load_once(driver: Driver) -> None:
     driver.run(_launch_from_threads, 8, 40, STUB_JIT_TIME="50")
-    assert len(driver.calls("cuModuleLoadDataEx")) == 2
+    assert len(driver.calls("cuModuleLoadDataEx")) == 3
     launches = driver.calls("cuLaunchKernel")
     assert len(launches) == 320
     for call in launches:

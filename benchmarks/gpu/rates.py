@@ -95,9 +95,9 @@ class Rates:
         operands, x = linear_operands(packed), self._randn(tokens, columns)
         out = x.new_empty(tokens, rows)
         for choice in cost.list_kernels(self._call(operands, x), self.machine.shared_limit, self.machine.gpu):
-            if choice.kernel == "windowed":
+            if choice.kernel.startswith("windowed"):
                 seconds = self._seconds(partial(gpu.run_linear, x, out, operands, choice))
-                rates[f"windowed_{choice.tokens}"] = rows * columns * tokens / seconds
+                rates[f"{choice.kernel}_{choice.tokens}"] = rows * columns * tokens / seconds
         rates["gather_128"] = rows * columns * tokens / self._bare_gather(rows, columns, tokens, pattern)[0]
         return rates
 
@@ -226,6 +226,7 @@ def peaks_of(measured: Numbers, machine: Machine, name: str) -> cost.Gpu:
         _round(first(max(dense, default=None), estimate.dense)),
         estimate.multiprocessors if machine.device.type != "cuda" else _multiprocessors(machine.device),
         _round(first(measured.get("launch", {}).get("kernel", {}).get("graph"), estimate.launch)),
+        cluster=estimate.cluster,
         measured=True,
     )
 
@@ -233,7 +234,8 @@ def peaks_of(measured: Numbers, machine: Machine, name: str) -> cost.Gpu:
 def print_row(row: cost.Gpu, capability: Sequence[int]) -> str:
     """The row as Python: what to paste into the table."""
     numbers = f"{row.memory:.3g}, {row.l2:.3g}, {row.sparse:.3g}, {row.dense:.3g}, {row.multiprocessors}, {row.launch}"
-    return f'({capability[0]}, {capability[1]}): Gpu("{row.name}", {numbers}, measured=True),'
+    cluster = f", cluster={row.cluster}" if row.cluster else ""
+    return f'({capability[0]}, {capability[1]}): Gpu("{row.name}", {numbers}{cluster}, measured=True),'
 
 
 def probe_flags(capability: tuple[int, int]) -> list[str]:

@@ -88,8 +88,8 @@ def launch(entry: str, *arguments: Tensor | int | float | None) -> None:
         arguments: one for each parameter, in the manifest's order; None is the null pointer.
 
     Raises:
-        ValueError: if the arguments do not fit the parameters, the tensors are not on one CUDA device, or grid or
-            shared memory are beyond its limits.
+        ValueError: if the arguments do not fit the parameters, the tensors are not on one CUDA device, grid or shared
+            memory are beyond its limits, or the device is not of a kind that has the entry.
         RuntimeError: if the kernels do not run on the device, or CUDA fails to launch.
     """
     call = _here.calls.get(entry) or _here.add(entry)
@@ -102,6 +102,8 @@ def launch(entry: str, *arguments: Tensor | int | float | None) -> None:
         prepare(torch.device("cuda", index))
         loaded = _loaded[os.getpid(), index]
     driver, context, functions = loaded
+    if entry not in functions:
+        raise ValueError(f"{entry}: {_lack(index, call.entry.kernel)}. Launch an entry without clusters.")
     function, limit = functions[entry]
     if shared > limit:
         got = f"{shared} bytes of shared memory with {call.numbers(arguments)}"
@@ -258,16 +260,28 @@ def _check_driver(version: int, name: str, least: int) -> None:
 
 
 def _suitable(index: int) -> dict[str, Text]:
-    """For each kernel the first of its texts that suits the device's compute capability."""
-    capability = tuple(_attribute(f"COMPUTE_CAPABILITY_{part}", index) for part in ("MAJOR", "MINOR"))
+    """For each kernel the first of its texts that suits the device; those whose blocks form clusters may have none."""
+    capability = _capability(index)
+    needed = {entry.kernel for entry in entries().values() if entry.cluster == 1}
     chosen = {}
     for kernel, texts in read_manifest(FOLDER)[0].items():
         suiting = [text for text in texts if text.lowest <= capability <= text.highest]
-        ranges = ", ".join("{}.{} to {}.{}".format(*text.lowest, *text.highest) for text in texts)
-        got = "{}.{}".format(*capability)
-        must(bool(suiting), f"its compute capability is {got}, but {kernel} takes {ranges}; run the layers dense")
-        chosen[kernel] = suiting[0]
+        if suiting:
+            chosen[kernel] = suiting[0]
+            continue
+        must(kernel not in needed, f"{_lack(index, kernel)}; run the layers dense")
     return chosen
+
+
+def _lack(index: int, kernel: str) -> str:
+    """Why a kernel has no text for a device."""
+    ranges = (text.lowest + text.highest for text in read_manifest(FOLDER)[0][kernel])
+    taken = ", ".join("{}.{} to {}.{}".format(*pair) for pair in ranges)
+    return "its compute capability is {}.{}, but {} takes {}".format(*_capability(index), kernel, taken)
+
+
+def _capability(index: int) -> tuple[int, int]:
+    return _attribute("COMPUTE_CAPABILITY_MAJOR", index), _attribute("COMPUTE_CAPABILITY_MINOR", index)
 
 
 def _load(index: int) -> tuple[Any, Any, dict[str, tuple[Any, int]]]:
@@ -279,7 +293,9 @@ def _load(index: int) -> tuple[Any, Any, dict[str, tuple[Any, int]]]:
     _check(driver.cuCtxPushCurrent(context), where)
     try:
         for name, entry in entries().items():
-            text = texts[entry.kernel]
+            text = texts.get(entry.kernel)
+            if text is None:
+                continue
             key = (os.getpid(), index, text.file)
             if key not in _modules:
                 _modules[key] = _load_text(driver, text)

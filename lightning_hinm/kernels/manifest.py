@@ -47,6 +47,8 @@ class Entry:
         grid_rules: for x, y and z a parameter's name and its divisor, or None and the number itself.
         shared: bytes of dynamic shared memory, whatever the arguments.
         shared_rules: a parameter's name, and the bytes that each of it adds.
+        cluster: blocks along x that run together and share what they load; 1: none do. Only a GPU with a text for the
+            kernel has such an entry.
     """
 
     name: str
@@ -56,11 +58,12 @@ class Entry:
     grid_rules: tuple[tuple[str | None, int], ...]
     shared: int
     shared_rules: tuple[tuple[str, int], ...]
+    cluster: int = 1
 
     def grid(self, arguments: Mapping[str, int]) -> tuple[int, int, int]:
-        """Blocks along x, y and z: ceil(value / divisor), or the number itself."""
+        """Blocks along x, y and z: ceil(value / divisor), or the number itself; whole clusters along x."""
         x, y, z = (number if name is None else -(-arguments[name] // number) for name, number in self.grid_rules)
-        return x, y, z
+        return -(-x // self.cluster) * self.cluster, y, z
 
     def shared_bytes(self, arguments: Mapping[str, int]) -> int:
         """Dynamic shared memory of one block."""
@@ -112,7 +115,8 @@ def _entry_of(name: str, given: dict[str, Any]) -> Entry:
     unknown = {key for key, _ in (*grid, *per)} - {None} - integers
     must(not unknown, f"grid or shared memory depend on {sorted(unknown)}, but may only on {sorted(integers)}.")
     block, shared = _natural("block", given["block"], 1), _natural("shared", given["shared"]["bytes"])
-    return Entry(name, given["kernel"], parameters, block, grid, shared, per)
+    cluster = _natural("cluster", given.get("cluster", 1), 1)
+    return Entry(name, given["kernel"], parameters, block, grid, shared, per, cluster)
 
 
 def _natural(what: str, value: Any, least: int = 0) -> int:

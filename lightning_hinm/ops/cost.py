@@ -5,6 +5,7 @@ Shapes: O rows, I columns, N tokens, T tiles of V rows, K kept vectors of a tile
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 
 from lightning_hinm.ops.figures import Gpu, gpu_of
 from lightning_hinm.ops.fragments import padded_kept, tile_rows
@@ -15,6 +16,8 @@ __all__ = ["Call", "Choice", "Gpu", "choose_kernel", "gpu_of", "list_kernels", "
 DECODE_TOKENS = 32  # beyond, the weight would be read more than twice
 WINDOWED_OUT = 33280  # bytes of shared memory through which the windowed kernel writes
 DECODE_ROWS, WINDOWED_ROWS, GATHER_TOKENS = 32, 256, 128
+CLUSTER = 4  # blocks that share their input, in the kernels that do
+MBARRIERS = 16  # bytes of shared memory, by which they wait for it
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
 # Of the rate of mma.sp, what is left beside turning row-major input in shared memory: an estimate, from its wavefronts.
 WINDOWED_RATE = 0.7
@@ -117,21 +120,26 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
     weight = rows * kept * 2 * 9 // 16 + rows // height * kept * 2  # half of the numbers, their metadata, the index
 
     def predict(
-        kernel: str, tokens: int, high: int, shared: int, read: int, extra: tuple[int, int], rate: float = 1.0
-    ) -> Choice:
+        kernel: str, tokens: int, high: int, shared: int, read: int, extra: tuple[int, int], rate: float = 1.0,
+        cluster: int = 1,
+    ) -> Choice:  # fmt: skip
         """For blocks of ``tokens`` tokens and ``high`` rows that read so many columns; ``extra`` bytes and launches."""
         wide = -(-n // tokens)
-        blocks = wide * -(-rows // high)
+        blocks = wide * -(-rows // (high * cluster)) * cluster
+        at_once = gpu.multiprocessors
+        if cluster > 1:  # no cluster spans two processing clusters of the GPU
+            at_once = gpu.multiprocessors // gpu.cluster * (gpu.cluster // cluster) * cluster
         # The last wave of blocks takes as long as a full one.
-        waves = -(-blocks // gpu.multiprocessors) * gpu.multiprocessors / max(blocks, 1)
+        waves = -(-blocks // at_once) * gpu.multiprocessors / max(blocks, 1)
         roofs = {
             "memory": (weight + call.moved + extra[0]) / gpu.memory,
-            "L2": (wide * weight + blocks * tokens * read * 2) / gpu.l2 * waves,
+            "L2": (wide * weight + blocks * tokens * read * 2 / cluster) / gpu.l2 * waves,
             "tensor cores": rows * kept * wide * tokens / (rate * gpu.sparse) * waves,
         }
         seconds, roof = _tightest(roofs, gpu)
         return Choice(kernel, tokens, shared, seconds + extra[1] * gpu.launch, roof)
 
+    clusters = (1, CLUSTER) if gpu.cluster >= CLUSTER else (1,)  # where it gains nothing, the first one is chosen
     if call.planes is None:
         # The decode kernel wants rows: what lies feature-major is copied into rows first. Rows is what it writes, as
         # the windowed kernel does.
@@ -139,9 +147,10 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         after = (turned_out, 1) if call.feature_major_out else (0, 0)
         copied = (turned_in + after[0], 1 + after[1]) if call.feature_major else after
         if n <= DECODE_TOKENS:
-            for tokens in (8, 16):
-                shared = (2 * decode_pitch(columns) + 1152) * tokens
-                yield predict("decode", tokens, DECODE_ROWS, shared, columns, copied)
+            for cluster, tokens in product(clusters, (8, 16)):
+                shared = (2 * decode_pitch(columns) + 1152) * tokens + (MBARRIERS if cluster > 1 else 0)
+                name = _named("decode", cluster)
+                yield predict(name, tokens, DECODE_ROWS, shared, columns, copied, cluster=cluster)
         window = columns if len(runs) == 1 else pattern.window or columns
         for tokens in (128, 64) if window % ALIGNED == 0 else ():
             if call.feature_major:
@@ -157,6 +166,10 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         extra = (2 * call.planes.shifted, 1 if call.planes.shifted else 0)
     shared = gather_shared(height, kept)
     yield predict("gather", GATHER_TOKENS, height, shared, kept, extra)
+
+
+def _named(kernel: str, cluster: int) -> str:
+    return f"{kernel}_cluster" if cluster > 1 else kernel
 
 
 def decode_pitch(columns: int) -> int:

@@ -69,7 +69,7 @@ def choose(
 
 def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
     """One call on the kernel that was chosen: ``[N, I]`` -> ``out``, ``[N, O]``, in rows or feature-major."""
-    run = {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel]
+    run = {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel.removesuffix("_cluster")]
     for first in range(0, len(tokens), MOST_TOKENS):
         part = out[first : first + MOST_TOKENS]
         in_rows = part if part.stride(1) == 1 or choice.kernel == "gather" else part.new_empty(part.shape)
@@ -83,7 +83,7 @@ def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choic
     n, columns = tokens.shape
     numbers = (n, len(weight.rows), columns, tokens.stride(0), cost.decode_pitch(columns), out.stride(0))
     tail = (weight.tile_rows, weight.kept, ACTIVATION[operands.activation])
-    entry = f"decode_{SHORT[out.dtype]}_{choice.tokens}"
+    entry = f"{choice.kernel}_{SHORT[out.dtype]}_{choice.tokens}"
     kernels.launch(entry, tokens, *weight, _bias(operands), out, *numbers, *tail)
 
 

@@ -102,7 +102,16 @@ def test_the_correctness_step_runs_every_kernel(monkeypatch: pytest.MonkeyPatch,
     assert set(written["worst"]) == {"float16", "bfloat16"}
     assert all(0 < error < 5e-3 for error in written["worst"].values())
     names = {"decode_f16_8", "decode_f16_16", "windowed_bf16_32_64", "windowed_bf16_32_128", "gather_f16_32"}
-    assert names | {"transpose", "planes"} <= set(written["launched"])
+    assert names | {"transpose", "planes", "decode_cluster_f16_8"} <= set(written["launched"])
+
+
+def test_what_a_gpu_without_clusters_lacks_is_left_out_and_said() -> None:
+    said: list[str] = []
+    matrix = dataclasses.replace(TINY_TABLE.matrices[0], tokens=(3,))
+    with emulated(ordered=True) as emulator:
+        assert steps.sanitize(CPU, correctness.Table([matrix], [], []), said.append)
+    assert not any("cluster" in name for name in emulator.launched)
+    assert re.match("left out, for this GPU has no clusters of blocks: decode_cluster_f16_8, ", said[0])
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (8, 7), (1, 8), (3, 1)], ids=str)
@@ -120,6 +129,7 @@ def test_the_correctness_step_fails_on_an_output_that_was_not_written(monkeypatc
     matrix = dataclasses.replace(TINY_TABLE.matrices[0], tokens=(3,))
     with emulated():
         monkeypatch.setattr(kernels, "launch", lambda *_: None)
+        monkeypatch.setattr(correctness, "MOST_FAILURES", 1000)
         assert not steps.sanitize(CPU, correctness.Table([matrix], [], [], complete=True), said.append)
         assert kernels.launch.__name__ == "<lambda>"
     assert "decode_f16_8, none, restored: relative error inf" in said[0]
@@ -153,7 +163,7 @@ def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
     assert written == json.loads((tmp_path / "gpu.json").read_text())
     assert written["not_run"] == []
     assert written["row"]["measured"]
-    assert re.fullmatch(r'\(0, 0\): Gpu\("H100", ([\d.e+-]+, )+measured=True\),', written["row"]["python"])
+    assert re.fullmatch(r'\(0, 0\): Gpu\("H100", ([\d.e+-]+, )+cluster=16, measured=True\),', written["row"]["python"])
     linear, conv = written["cases"]
     times = {(entry["path"], entry["input"], entry["output"]): entry for entry in linear["times"]}
     assert times["decode_8", "row", "restored"]["seconds"] > 0

@@ -7,6 +7,7 @@ import numpy as np
 
 from .counters import global_sectors, shared_wavefronts
 from .machine import LANES, Copy
+from .mbarrier import copy_in_bulk
 from .operands import LOCAL_WINDOW, SHARED_WINDOW, Builder, Step, opcode
 from .parse import Instruction
 from .values import RAW, U8, U32, U64, Array, decoder, encoder, type_dtype
@@ -226,7 +227,9 @@ def _cvta(b: Builder) -> Step:
 
 @opcode("cp")
 def _copy(b: Builder) -> Step:
-    if b.parts[1] != "async" or "bulk" in b.mods or "mbarrier" in b.mods:
+    if b.parts[1:3] == ["async", "bulk"]:
+        return copy_in_bulk(b)
+    if b.parts[1] != "async" or "mbarrier" in b.mods:
         raise b.ins.unsupported()
     if b.parts[2] == "commit_group":
         return _commit

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -25,7 +25,7 @@ class Emulator:
     """What was launched, and how.
 
     Args:
-        ordered: run the texts for compute capability 10 and up.
+        ordered: run the texts for compute capability 10 and up, where blocks do not share their input.
         schedule: of the interpreter.
         seed: of the order of warps.
         texts: replacements of shipped texts, by their file's name.
@@ -82,11 +82,14 @@ def parse(text: str) -> Program:
 def emulated(**settings: Any) -> Iterator[Emulator]:
     """CPU tensors run on the kernels, in the interpreter: layers packed inside hold fragments, ops launch."""
     emulator = Emulator(**settings)
+    figures = estimate((9, 0))
+    if emulator.ordered:
+        figures = replace(figures, cluster=0)
     with (
         mock.patch.object(kernels, "refusal", return_value=None),
         mock.patch.object(kernels, "shared_limit", return_value=SHARED_LIMIT),
         mock.patch.object(kernels, "launch", emulator.launch),
-        mock.patch.object(cost, "gpu_of", return_value=estimate((9, 0))),
+        mock.patch.object(cost, "gpu_of", return_value=figures),
     ):
         yield emulator
 

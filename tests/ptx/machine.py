@@ -1,7 +1,8 @@
 """The machine: a grid in chunks of CTAs, lanes as arrays, the lowest program counter first.
 
 Layout: a group of lanes is ``[warps, CTAs, 32]`` flattened, so that one warp of every CTA is a slice. Lockstep has one
-group of all warps; the schedule "warps" has a group for each, and runs them one after another between barriers.
+group of all warps; the schedule "warps" has a group for each, and runs them one after another between barriers. Where
+CTAs form clusters, those of one rank have groups of their own, and come as far as they can before another rank goes on.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from .operands import Step
 from .parse import Instruction
 from .report import Fault, Report
 from .shared import SharedMemory
+from .transactions import Transactions
 from .values import U32, U64, Array
 
 LANES = 32
+MOST_SAID = 4  # of those that wait for each other
 
 
 @dataclass
@@ -55,8 +58,10 @@ class Launch:
     report: Report
     shared_bytes: int
     dynamic_bytes: int
+    cluster: int
     races: bool
     precise: bool
+    tracked: bool
     registers: int
     local_bytes: int
     budget: int
@@ -84,6 +89,17 @@ class Waiting:
 
 
 @dataclass
+class Suspended:
+    """Lanes of a group that wait for a cluster or an mbarrier; they look again once ``version`` is past."""
+
+    pc: int
+    mask: Array
+    version: int
+    ins: Instruction
+    why: str
+
+
+@dataclass
 class Copy:
     """One cp.async of some lanes: ``number`` is the group it was issued in, counted by each lane."""
 
@@ -100,12 +116,15 @@ class Group:
         mask: lanes that the current instruction is for, None for all; ``active`` their number, ``index`` their places.
         live: lanes that have not exited.
         pending: other program counters, with the lanes that wait there to go on.
+        slots: its CTAs among those of the machine.
+        looked: the mbarrier and parity that a lane has last looked at in vain.
     """
 
-    def __init__(self, machine: "Machine", first_warp: int, warps: int) -> None:
+    def __init__(self, machine: "Machine", first_warp: int, warps: int, slots: Array) -> None:
         launch = machine.launch
-        ctas = len(machine.ctas)
+        ctas = len(slots)
         self.machine = machine
+        self.slots = slots
         self.launch = launch
         self.report = launch.report
         self.shared = machine.shared
@@ -116,9 +135,7 @@ class Group:
         self.rows = warps * ctas
         self.first_warp = first_warp
         self.registers: list[Array | None] = [None] * launch.registers
-        warp, cta, lane = np.meshgrid(
-            np.arange(first_warp, first_warp + warps), np.arange(ctas), np.arange(LANES), indexing="ij"
-        )
+        warp, cta, lane = np.meshgrid(np.arange(first_warp, first_warp + warps), slots, np.arange(LANES), indexing="ij")
         self.warp_ids = warp.reshape(-1)
         self.cta_slots = cta.reshape(-1)
         self.thread_ids = (warp * LANES + lane).reshape(-1)
@@ -131,6 +148,10 @@ class Group:
         self.alive = int(np.count_nonzero(self.live))
         self.pending: dict[int, Array | None] = {0: None if self.alive == self.lanes else self.live}
         self.blocked: list[Waiting] = []
+        self.suspended: list[Suspended] = []
+        self.looked = np.full(self.lanes, -1, dtype=np.int64)
+        self.cluster_arrived = np.zeros(self.lanes, dtype=np.int64)
+        self.cluster_waited = np.zeros(self.lanes, dtype=np.int64)
         self.copies: list[Copy] = []
         self.committed = np.zeros(self.lanes, dtype=np.int64)
         self.cache: dict[Any, Any] = {}
@@ -157,6 +178,12 @@ class Group:
         if self._warps is None:
             self._warps = int(self.mask.reshape(-1, LANES).any(axis=1).sum())  # type: ignore[union-attr]
         return self._warps
+
+    @property
+    def transactions(self) -> Transactions:
+        """What is between this group's CTAs and others."""
+        assert self.machine.transactions is not None, "the program has no instruction that needs it"
+        return self.machine.transactions
 
     def pick(self, value: Any) -> Array:
         """The active lanes' part of a value over all lanes."""
@@ -235,6 +262,10 @@ class Group:
                 "gt": ~((2 << lane) - 1),
                 "ge": ~((1 << lane) - 1),
             }[base[9:]]
+        elif base == "cluster_ctarank":
+            value = self.cta_slots % self.launch.cluster
+        elif base == "cluster_nctarank":
+            value = np.array(self.launch.cluster)
         else:
             value = self.lane_ids if base == "laneid" else np.array({"smid": 0, "nsmid": 1, "gridid": 0}.get(base, 0))
         return np.broadcast_to(value, self.lanes).astype(U32)
@@ -257,7 +288,7 @@ class Group:
         """Come to a barrier; goes on at once if that completes it for every CTA."""
         self.wait_at(ins, barrier, count, pc)
         whole = self.active == self.alive and self.layout[0] == self.launch.warps
-        if whole and count == 0 and len(self.blocked) == 1 and not self.pending:
+        if whole and count == 0 and len(self.blocked) == 1 and not (self.pending or self.suspended):
             self.blocked.clear()
             self.machine.complete_all(self)
             return pc
@@ -268,12 +299,35 @@ class Group:
         if barrier > 15 or count % LANES:
             raise ins.fault(f"barrier {barrier} with {count} threads: there are 16, and a count is a multiple of 32")
         mask = self.current()
+        self.whole_warps(ins, mask)
+        self.blocked.append(Waiting(pc, mask, barrier, count, ins))
+
+    def whole_warps(self, ins: Instruction, mask: Array) -> None:
+        """Fault unless all threads of a warp that have not exited come together."""
         rows, live = mask.reshape(-1, LANES), self.live.reshape(-1, LANES)
         torn = rows.any(axis=1) & (rows != live).any(axis=1)
         if torn.any():
             lane = int(torn.argmax()) * LANES
             raise ins.fault(f"{self.describe(lane)}: divergent barrier, only some of the warp's threads arrive")
-        self.blocked.append(Waiting(pc, mask, barrier, count, ins))
+
+    def go_on(self, ins: Instruction, chosen: Array, stuck: Array, why: str, after: int) -> int:
+        """Let lanes go on at ``after``, and others look at this instruction again when something has changed."""
+        if stuck.any():
+            self.suspended.append(Suspended(ins.pc, stuck, self.machine.version, ins, why))
+        if not chosen.any():
+            return -1
+        self.enter(chosen)
+        return after
+
+    def resume(self) -> bool:
+        """Let lanes look again at what they wait for, if anything has changed; whether there is anything to run."""
+        waiting, self.suspended = self.suspended, []
+        for each in waiting:
+            if each.version < self.machine.version:
+                self.go(each.pc, each.mask)
+            else:
+                self.suspended.append(each)
+        return bool(self.pending)
 
     def arrive_each(self, ins: Instruction, barrier: Array, count: Array, pc: int) -> int:
         """Come to barriers whose numbers or counts are in registers; each warp names one."""
@@ -310,12 +364,21 @@ class Machine:
         self.ctas = ctas
         self.rng = rng
         self.steps = 0
+        self.version = 0  # of all that a suspended lane may wait for
         self.shared = SharedMemory(len(ctas), launch.shared_bytes, races=launch.races, precise=launch.precise)
-        warps = launch.warps
-        if schedule == "lockstep":
-            self.groups = [Group(self, 0, warps)]
-        else:
-            self.groups = [Group(self, warp, 1) for warp in range(warps)]
+        self.transactions = Transactions(self, launch.cluster, launch.warps) if launch.tracked else None
+        self.shared.transactions = self.transactions
+        height = launch.warps if schedule == "lockstep" else 1
+        slots = np.arange(len(ctas))
+        self.ranks = [
+            [Group(self, warp, height, slots[rank :: launch.cluster]) for warp in range(0, launch.warps, height)]
+            for rank in range(launch.cluster)
+        ]
+
+    @property
+    def groups(self) -> list[Group]:
+        """Of all ranks."""
+        return [group for groups in self.ranks for group in groups]
 
     def count(self, block: Block, group: Group) -> None:
         """Count a block's instructions, and stop a kernel that does not end."""
@@ -326,31 +389,62 @@ class Machine:
             raise block.code[0].fault(what) if block.code else Fault(what)
 
     def run(self, blocks: dict[int, Block]) -> None:
-        """Run all groups from barrier to barrier."""
+        """Run all groups until every lane has exited: each rank of the clusters alone, until it can go no further."""
         with np.errstate(all="ignore"):
-            while True:
-                order = self.rng.permutation(len(self.groups)) if len(self.groups) > 1 else range(1)
-                for number in order:
-                    self.groups[int(number)].run(blocks)
-                if not any(group.blocked for group in self.groups):
-                    break
-                self.release()
-        self.groups.clear()  # they know this machine: without the circle their arrays are freed at once
+            moved = True
+            while moved:
+                moved = False
+                for rank in self.order(len(self.ranks)):
+                    while self.advance(self.ranks[rank], blocks):
+                        moved = True
+            if any(group.blocked or group.suspended for group in self.groups):
+                raise self.stuck("deadlock: no barrier has all its threads")
+        self.ranks.clear()  # they know this machine: without the circle their arrays are freed at once
+        self.shared.transactions = None
+
+    def order(self, count: int) -> list[int]:
+        """In which groups take their turns."""
+        return self.rng.permutation(count).tolist() if count > 1 else [0]
+
+    def advance(self, groups: list[Group], blocks: dict[int, Block]) -> bool:
+        """Run groups of a rank to where they wait, and complete their barriers; whether anything happened."""
+        moved = False
+        for number in self.order(len(groups)):
+            group = groups[number]
+            if group.resume():
+                group.run(blocks)
+                moved = True
+                if self.transactions is not None:
+                    alive = [each.live.reshape(each.layout).any(axis=(0, 2)) for each in groups]
+                    self.transactions.note_exits(group, np.any(alive, axis=0))
+        return (any(group.blocked for group in groups) and self.release(groups)) or moved
+
+    def cluster_phases(self) -> Array:
+        """How often all threads of each cluster have arrived at its barrier; those that have exited count."""
+        most = np.iinfo(np.int64).max
+        least = np.full(len(self.ctas), most)
+        for group in self.groups:
+            arrived = np.where(group.live, group.cluster_arrived, most).reshape(group.layout).min(axis=(0, 2))
+            least[group.slots] = np.minimum(least[group.slots], arrived)
+        return least.reshape(-1, self.launch.cluster).min(axis=1)
 
     def complete_all(self, group: Group) -> None:
         """A barrier that all threads of all CTAs of a lone group have reached."""
-        ctas = np.arange(len(self.ctas))
-        live = group.live.reshape(group.layout).any(axis=(0, 2))
-        self.launch.report.barriers += int(live.sum())
-        self.shared.barrier(ctas, np.zeros(len(ctas), dtype=np.int64), np.ones(len(ctas), dtype=bool))
+        live = group.live.reshape(group.layout).any(axis=2)
+        self.launch.report.barriers += int(live.any(axis=0).sum())
+        count = len(group.slots)
+        self.shared.barrier(group.slots, np.zeros(count, dtype=np.int64), np.ones(count, dtype=bool))
+        if self.transactions is not None:
+            self.transactions.meet(group.slots.tolist(), live.T)
 
-    def release(self) -> None:
-        """Complete the barriers that have all their warps; if none has, the kernel hangs."""
-        warps, ctas = self.launch.warps, len(self.ctas)
+    def release(self, groups: list[Group]) -> bool:
+        """Complete the barriers of CTAs that have all their warps; whether there was one."""
+        warps, slots = self.launch.warps, groups[0].slots
+        ctas = len(slots)
         barrier = np.full((warps, ctas), -1)
         count = np.zeros((warps, ctas), dtype=np.int64)
         live = np.zeros((warps, ctas), dtype=bool)
-        for group in self.groups:
+        for group in groups:
             rows = slice(group.first_warp, group.first_warp + group.layout[0])
             live[rows] = group.live.reshape(group.layout).any(axis=2)
             for waiting in group.blocked:
@@ -371,15 +465,16 @@ class Machine:
                 raise self.stuck(f"more warps wait at barrier {number} than its count of threads allows")
             if done.any():
                 freed |= here & done
-                slots = np.flatnonzero(done)
-                passed = np.where(here, bits, 0).sum(axis=0)[slots]
-                whole = (here == live).all(axis=0)[slots]
-                self.launch.report.barriers += len(slots)
-                self.shared.barrier(slots, passed, whole)
-        if not freed.any():
-            raise self.stuck("deadlock: no barrier has all its threads")
-        for group in self.groups:
+                places = np.flatnonzero(done)
+                passed = np.where(here, bits, 0).sum(axis=0)[places]
+                whole = (here == live).all(axis=0)[places]
+                self.launch.report.barriers += len(places)
+                self.shared.barrier(slots[places], passed, whole)
+                if self.transactions is not None:
+                    self.transactions.meet(slots[places].tolist(), here[:, places].T)
+        for group in groups:
             self.wake(group, freed[group.first_warp : group.first_warp + group.layout[0]])
+        return bool(freed.any())
 
     def wake(self, group: Group, freed: Array) -> None:
         """Let the lanes of freed warps go on."""
@@ -393,8 +488,12 @@ class Machine:
                 group.blocked.append(Waiting(waiting.pc, rest, waiting.barrier, waiting.count, waiting.ins))
 
     def stuck(self, what: str) -> Fault:
-        """A fault of threads that wait, with a place where some do."""
-        for group in self.groups:
-            for waiting in group.blocked:
-                return waiting.ins.fault(f"{group.describe(int(waiting.mask.argmax()))}: {what}")
-        return Fault(what)
+        """A fault of threads that wait, with a place where some do, and what some wait for."""
+        waiting = [(each.ins, group, each.mask, "") for group in self.groups for each in group.blocked]
+        waiting += [(each.ins, group, each.mask, each.why) for group in self.groups for each in group.suspended]
+        if not waiting:
+            return Fault(what)
+        others = [f"{group.describe(int(mask.argmax()))} {why}" for _, group, mask, why in waiting if why]
+        ins, group, mask, _ = waiting[0]
+        several = list(dict.fromkeys(others))[:MOST_SAID]
+        return ins.fault("; ".join([f"{group.describe(int(mask.argmax()))}: {what}", *several]))

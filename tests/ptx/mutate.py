@@ -12,11 +12,30 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "a matrix that is not transposed": (r"(ldmatrix[^;]*?)\.trans\.", "{0}."),
     "a swizzle left out": (r"\txor\.b32 ([^,]*), ([^,]*), ([^;]*);", "\tmov.b32 {0}, {1};"),
     "a half that stays where it is": (r"\tshl\.b32\s+(%r\d+), (%r\d+), 16;", "\tmov.b32 {0}, {1};"),
+    "an mbarrier that is not waited for": (r"mbarrier\.try_wait\S* (\w+), [^;]*;", "setp.eq.u32 {0}, 0, 0;"),
+    "an mbarrier of one arrival more": (r"(\tmbarrier\.init\S* \[%r\d+\], (%r\d+);)", "\tadd.u32 {1}, {1}, 1;\n{0}"),
+    "mbarriers that the cluster may not know": (r"\tfence\.mbarrier_init[^;]*;", ""),
+    "no arrival at the cluster": (r"\tbarrier\.cluster\.arrive[^;]*;", ""),
+    "no wait for the cluster": (r"\tbarrier\.cluster\.wait[^;]*;", ""),
+    "16 bytes more expected": (
+        r"(\tmbarrier\.arrive\.expect_tx\S* _, \[%r\d+\], (%r\d+);)",
+        "\tadd.u32 {1}, {1}, 16;\n{0}",
+    ),
+    "16 bytes less expected": (
+        r"(\tmbarrier\.arrive\.expect_tx\S* _, \[%r\d+\], (%r\d+);)",
+        "\tsub.u32 {1}, {1}, 16;\n{0}",
+    ),
+    "a copy for one block less": (r"(\tcp\.async\.bulk[^;]*), (%rs\d+);", "\tmov.u16 {1}, 7;\n{0}, {1};"),
+    "a copy that is not made": (r"\tcp\.async\.bulk[^;]*;", ""),
     "a bound that is loosened": (
         r"(\tld\.param\.u32\s+(%r\d+), \[\w+_param_{bound}\];)",
         "{0}\n\tadd.s32 {1}, {1}, 32;",
     ),
 }
+CLUSTERED = [
+    each for each in MISTAKES if "mbarrier" in each or "cluster" in each or " bytes " in each or "copy for" in each
+]
+CLUSTERED += ["a copy that is not made"]
 
 
 def entry_text(text: str, name: str) -> str:

@@ -23,7 +23,7 @@ LOCAL_WINDOW = 0x7E00_0000_0000_0000
 
 SPECIAL = re.compile(
     r"%(?:(?:tid|ntid|ctaid|nctaid)\.[xyz]|laneid|warpid|nwarpid|clock|clock_hi|clock64|globaltimer|smid|nsmid|gridid"
-    r"|lanemask_(?:eq|lt|le|gt|ge)|dynamic_smem_size|total_smem_size)$"
+    r"|lanemask_(?:eq|lt|le|gt|ge)|dynamic_smem_size|total_smem_size|cluster_ctarank|cluster_nctarank)$"
 )
 
 _BUILDERS: dict[tuple[str, str], Build] = {}

@@ -26,7 +26,7 @@ _VARIABLE = re.compile(
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr[^%]*?\s)?([\w$]+)\s*(?:\[(\d+)\])?\s*$")
 _GUARD = re.compile(r"@(!?)\s*([\w$%]+)\s+")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
-_EXTENT = re.compile(r"\.(maxntid|reqntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
+_EXTENT = re.compile(r"\.(maxntid|reqntid|reqnctapercluster)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 
 
 def type_size(name: str) -> int:
@@ -106,6 +106,7 @@ class Entry:
     Attributes:
         parameters: (name, type, bytes) in order; a struct by value has the type ``b8``.
         max_threads: of ``.maxntid`` or ``.reqntid``, else ``None``.
+        cluster: CTAs along x that run together and reach each other's shared memory; 1: none do.
         shared_bytes: static shared memory, that of the module included if the text declares it there.
     """
 
@@ -113,6 +114,7 @@ class Entry:
     parameters: list[tuple[str, str, int]]
     max_threads: int | None
     exact_block: tuple[int, int, int] | None = None
+    cluster: int = 1
     shared_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list, repr=False)
     labels: dict[str, int] = field(default_factory=dict, repr=False)
@@ -257,6 +259,11 @@ class Parser:
             entry.parameters.append((found[3], found[2], size))
         for kind, *extents in _EXTENT.findall(hints):
             x, y, z = (int(extent or 1) for extent in extents)
+            if kind == "reqnctapercluster":
+                if (y, z) != (1, 1):
+                    raise self.error("a cluster that extends elsewhere than along x")
+                entry.cluster = x
+                continue
             entry.max_threads = x * y * z
             if kind == "reqntid":
                 entry.exact_block = (x, y, z)

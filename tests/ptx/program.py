@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from . import access, floating, integer, matrix, warp
+from . import access, floating, integer, matrix, mbarrier, warp
 from .machine import LANES, Block, Group, Launch, Machine
 from .memory import Buffer, GlobalMemory, buffer_of, pointer_of
 from .operands import Builder, Step
 from .parse import Entry, Instruction, Module, Variable, parse, type_size
 from .report import Fault, Report
+from .transactions import tracked
 from .values import STORAGE, U8, U32, Array, constant, type_dtype
 
-FAMILIES = (access, floating, integer, matrix, warp)  # imported for the instructions that they register
+FAMILIES = (access, floating, integer, matrix, mbarrier, warp)  # imported for the instructions that they register
 ENDS = ("bra", "brx", "ret", "exit", "trap", "bar", "barrier", "call")
 MAX_SHARED = 232448  # 227 KB, the most that any GPU of today lets a CTA have
 MAX_LANES = 1 << 14  # more make a step no cheaper for a lane
@@ -25,7 +26,9 @@ End = Callable[[Group], int]
 
 def is_end(ins: Instruction) -> bool:
     """Whether control may go elsewhere after an instruction."""
-    return ins.parts[0] in ENDS and ins.parts[1:2] != ["warp"]
+    if mbarrier.is_wait(ins):
+        return True
+    return ins.parts[0] in ENDS and ins.parts[1:2] not in (["warp"], ["cluster"])
 
 
 class Compiled:
@@ -36,13 +39,16 @@ class Compiled:
         self.addresses = addresses
         code = entry.instructions
         leaders = {0, *entry.labels.values()} | {ins.pc + 1 for ins in code if is_end(ins)}
+        leaders |= {ins.pc for ins in code if mbarrier.is_wait(ins)}  # to come back to
         self.blocks: dict[int, Block] = {}
         starts = sorted(leader for leader in leaders if leader < len(code))
         for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
             self.blocks[start] = self.block(code[start:stop], stop)
         # after the last instruction there is nothing: the threads end, as at a ret
         self.blocks[len(code)] = Block([], lambda group: leave(group, None), [])
-        self.precise = any(ins.parts[0] in ("bar", "barrier") and ins.operands != ["0"] for ins in code if is_end(ins))
+        barriers = [ins for ins in code if ins.parts[0] in ("bar", "barrier") and is_end(ins)]
+        self.precise = any(ins.operands != ["0"] for ins in barriers if not mbarrier.is_wait(ins))
+        self.tracked = tracked(code)
 
     def builder(self, ins: Instruction) -> Builder:
         """Builder of one instruction."""
@@ -109,6 +115,8 @@ class Compiled:
         if name == "trap":
             guard_or_none = None if ins.guard is None else self.guard(ins)
             return lambda group: trap(group, ins, guard_or_none, after)
+        if mbarrier.is_wait(ins):
+            return mbarrier.wait(self.builder(ins), after)
         if name in ("bar", "barrier"):
             return self.barrier(ins, after)
         if name == "brx":
@@ -267,23 +275,28 @@ class Program:
             report=Report(),
             shared_bytes=static + shared,
             dynamic_bytes=shared,
+            cluster=kernel.cluster,
             races=races,
             precise=blocks.precise,
+            tracked=blocks.tracked,
             registers=len(kernel.registers),
             local_bytes=-(-kernel.local_bytes // 16) * 16,
             budget=max_instructions,
         )
         rng = np.random.default_rng(seed)
         limit = min(MAX_LANES, MAX_REGISTERS // max(1, launch.registers))
-        for ctas in chunks(grid_dims, launch.warps, launch.shared_bytes, limit, MAX_SHARED_TOTAL):
+        for ctas in chunks(grid_dims, kernel.cluster, launch.warps, launch.shared_bytes, limit, MAX_SHARED_TOTAL):
             Machine(launch, ctas, schedule, rng).run(blocks.blocks)
         return launch.report
 
 
-def chunks(grid: Sequence[int], warps: int, cta_bytes: int, limit_lanes: int, limit_bytes: int) -> list[Array]:
-    """Numbers of the CTAs of each chunk, so that neither lanes nor shared memory exceed their limits."""
+def chunks(
+    grid: Sequence[int], cluster: int, warps: int, cta_bytes: int, limit_lanes: int, limit_bytes: int
+) -> list[Array]:
+    """Numbers of the CTAs of each chunk: whole clusters, and neither lanes nor shared memory exceed their limits."""
     total = int(np.prod(grid))
-    size = max(1, min(limit_lanes // (warps * LANES), limit_bytes // max(1, cta_bytes)))
+    size = min(limit_lanes // (warps * LANES), limit_bytes // max(1, cta_bytes)) // cluster * cluster
+    size = max(cluster, size)
     return [np.arange(start, min(total, start + size)) for start in range(0, total, size)]
 
 
@@ -329,6 +342,8 @@ def check_launch(entry: Entry, grid: Sequence[int], block: Sequence[int], shared
         raise Fault(f"{entry.name}: {threads} threads a CTA, but it was compiled for at most {entry.max_threads}")
     if entry.exact_block is not None and tuple(block) != entry.exact_block:
         raise Fault(f"{entry.name}: block {tuple(block)}, but it was compiled for {entry.exact_block}")
+    if grid[0] % entry.cluster:
+        raise Fault(f"{entry.name}: grid {tuple(grid)} along x is no multiple of its clusters of {entry.cluster} CTAs")
     if entry.shared_bytes + shared > MAX_SHARED:
         raise Fault(f"{entry.name}: {entry.shared_bytes + shared} bytes of shared memory; a CTA has {MAX_SHARED}")
 

@@ -15,6 +15,7 @@ from .values import RAW, U8, U64, Array
 
 if TYPE_CHECKING:
     from .machine import Group
+    from .transactions import Transactions
 
 POISON, FLIGHT, CODE = 0x80, 0x40, 0x3F
 
@@ -39,6 +40,7 @@ class SharedMemory:
         self.reader_views = {width: self.readers.view(dtype) for width, dtype in RAW.items()}
         self.writers = Families(CODE + 1, precise=precise)
         self.families = Families(256, precise=precise)
+        self.transactions: Transactions | None = None  # where bulk copies may write
 
     def index(self, group: "Group", ins: Instruction, address: Array, width: int, lanes: Array) -> Array:
         """Element index into the views of ``width``, once bounds and alignment hold."""
@@ -68,6 +70,8 @@ class SharedMemory:
         own = self.codes(group, width, lanes)
         if state.any() and not ((state == 0) | (state == own)).all():
             self.explain(group, ins, state, address, width, lanes, "reads")
+        if self.transactions is not None:
+            self.transactions.read(group, ins, index, width, lanes)
         if self.races:
             self.note_readers(index, width, own, group.warp_ids[lanes])
         return self.data_views[width][index]
@@ -116,6 +120,8 @@ class SharedMemory:
         known = state & ~poison
         if known.any() and not ((known == 0) | (known == own)).all():
             self.explain(group, ins, known, address, width, lanes, "writes")
+        if self.transactions is not None:
+            self.transactions.write(group, ins, index, width, lanes)
         if self.races:
             readers = self.reader_views[width]
             read = _bits(readers[index])

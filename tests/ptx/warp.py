@@ -172,7 +172,7 @@ def _elect(b: Builder) -> Step:
     return step
 
 
-@opcode("membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "applypriority", "discard")
+@opcode("membar", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "applypriority", "discard")
 def _nothing(b: Builder) -> Step:
     if b.parts[:2] == ["discard", "global"]:
         raise b.ins.unsupported()
