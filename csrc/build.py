@@ -106,10 +106,13 @@ def describe_entries() -> dict[str, dict[str, Any]]:
                 **cluster,
                 "shared": {"bytes": 0, "per": {"pitch": 2 * tokens}},
             }
-        for rows, tokens, suffix in product((32, 64), (128, 64), ("", "_features")):
+        sizes: list[tuple[int, dict[str, int]]] = [(128, {}), (64, {}), (128, {"cluster": CLUSTER})]
+        for rows, (tokens, cluster), suffix in product((32, 64), sizes, ("", "_features")):
             storage = "[columns, tokens]" if suffix else "[tokens, columns]"
-            entries[f"windowed_{short}_{rows}_{tokens}{suffix}"] = {
-                "kernel": "windowed",
+            # Rows that bulk copies wrote are 16 bytes longer, so that they do not lie in the same banks.
+            pitch, buffers = (2 * tokens + 16, 2 * tokens * 528) if cluster else (2 * tokens, 512 * tokens)
+            entries[f"{_kernel('windowed', cluster)}_{short}_{rows}_{tokens}{suffix}"] = {
+                "kernel": _kernel("windowed", cluster),
                 "parameters": [
                     *_weight(dtype, f"{storage}, rows x_stride apart", "[tokens, rows], out_stride apart"),
                     *_numbers("tokens", "packed_rows", "columns", "x_stride", "out_stride", "vector_size", "kept"),
@@ -117,18 +120,22 @@ def describe_entries() -> dict[str, dict[str, Any]]:
                 ],
                 "rules": f"vector_size is a multiple of {rows}; "
                 + ("x_stride is a multiple of 8; " if suffix else "columns, x_stride and window are multiples of 8; ")
+                + ("tokens is a multiple of 8; " if suffix and cluster else "")
                 + "run r is columns r * window .. min((r + 1) * window, columns) - 1, and vector_index lists the runs "
                 "in order; window = columns where there is one; kept_of_window is that of each run but the last, "
                 "kept_of_last of the last, both multiples of 32, (runs - 1) * kept_of_window + kept_of_last <= kept; "
                 f"tokens <= {tokens} * 65535; "
                 + (
-                    f"held = max(window times 2, or times 1 where there is one run, {-(-OUT_BYTES // (2 * tokens))})"
+                    f"held = max(window times 2, or times 1 where there is one run, {-(-OUT_BYTES // pitch)})"
                     if suffix
                     else "held = window"
                 ),
                 "block": 256,
                 "grid": [["packed_rows", 256], ["tokens", tokens], 1],
-                "shared": {"bytes": 0 if suffix else 512 * tokens, "per": {"held": 2 * tokens}},
+                **cluster,
+                "shared": {"bytes": 0, "per": {"held": pitch}}
+                if suffix
+                else {"bytes": buffers, "per": {"held": 2 * tokens}},
             }
         for rows in (32, 64, 128):
             entries[f"gather_{short}_{rows}"] = {

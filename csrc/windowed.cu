@@ -7,13 +7,18 @@
 //
 // One CTA computes 256 packed rows for TOKENS tokens, with 8 warps. Row-major input passes through two buffers of CHUNK
 // columns, and is turned on its way from there to the run; feature-major input comes straight into one of two runs.
-// Either way the next columns arrive while a run is multiplied.
+// Either way the next columns arrive while a run is multiplied. In a cluster each CTA brings in a share of the rows of a
+// buffer or a run, for all of them (cluster.cuh).
+#include "cluster.cuh"
 #include "hinm.cuh"
 
 constexpr int ROWS = 256;
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * LANES;
-constexpr int CHUNK = 128;  // columns of a buffer
+// Columns of a buffer. In a cluster a window of 256 columns is one, so that what all CTAs wait for is one run ahead.
+constexpr int CHUNK = CLUSTER > 1 ? 256 : 128;
+// Bulk copies write rows as they come, so in a cluster rows that ldmatrix reads lie 4 banks apart beyond a whole round.
+constexpr int PADDING = CLUSTER > 1 ? 16 : 0;  // bytes
 constexpr int OUT_TOKENS = 32;  // tokens written at a time: their floats take the place of the buffers
 constexpr int OUT_PITCH = ROWS + 4;  // floats between two tokens: a fragment is then stored without bank conflicts
 
@@ -22,7 +27,7 @@ template <int WARP_ROWS, int TOKENS>
 struct Shape {
     static constexpr int ROW_WARPS = ROWS / WARP_ROWS;
     static constexpr int WARP_TOKENS = TOKENS / (WARPS / ROW_WARPS);
-    static constexpr int BUFFER = TOKENS * CHUNK * 2;  // bytes
+    static constexpr int BUFFER_PITCH = CHUNK * 2 + PADDING, BUFFER = TOKENS * BUFFER_PITCH;  // bytes
     static_assert(OUT_TOKENS * OUT_PITCH * 4 <= 2 * BUFFER + TOKENS * 8 * 2, "the output beside the shortest run");
 };
 
@@ -33,9 +38,12 @@ __device__ __forceinline__ void windowed(
     uint16_t* __restrict__ out, int tokens, int packed_rows, int columns, int x_stride, int out_stride,
     int vector_size, int kept, int window, int kept_of_window, int kept_of_last, int activation) {
     using S = Shape<WARP_ROWS, TOKENS>;
+    constexpr bool COPIED = CLUSTER > 1 && FEATURE_MAJOR;  // a run lies as a bulk copy left it
+    constexpr int RUN_PITCH = TOKENS * 2 + (COPIED ? PADDING : 0);  // bytes between two columns of a run
     // Row-major: buffers [2, TOKENS, CHUNK], then the run [window, TOKENS]. Feature-major: one or two runs.
     extern __shared__ __align__(256) uint8_t memory[];
-    auto run_of = [&](int r) { return memory + (FEATURE_MAJOR ? r % 2 * window * TOKENS * 2 : 2 * S::BUFFER); };
+    auto run_of = [&](int r) { return memory + (FEATURE_MAJOR ? r % 2 * window * RUN_PITCH : 2 * S::BUFFER); };
+    __shared__ uint64_t arrived[2], released[2];  // in a cluster: the mbarriers of each buffer, or of each of two runs
 
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const int warp_row = warp % S::ROW_WARPS * WARP_ROWS, warp_token = warp / S::ROW_WARPS * S::WARP_TOKENS;
@@ -43,6 +51,7 @@ __device__ __forceinline__ void windowed(
     const bool active = first_row + warp_row < packed_rows;
     const int tile = (first_row + warp_row) / vector_size, row_of_tile = (first_row + warp_row) % vector_size;
     const int runs = (columns + window - 1) / window, chunks_of_run = (window + CHUNK - 1) / CHUNK;
+    const int existing = min(TOKENS, tokens - first_token);
 
     // Chunk c of all runs, row-major: 16 bytes are 8 columns of one token. Chunks of 16 bytes are exchanged by the
     // token, so that ldmatrix finds those of 8 tokens in 8 different banks.
@@ -57,21 +66,25 @@ __device__ __forceinline__ void windowed(
             const bool exists = first_token + token < tokens && column < end;
             const uint16_t* from = x + (exists ? int64_t(first_token + token) * x_stride + column : 0);
             const int bytes = exists ? min(8, end - column) * 2 : 0;
-            copy_async(shared_address(to + token * CHUNK * 2 + ((chunk ^ (token & 7)) << 4)), from, bytes);
+            copy_async(shared_address(to + token * S::BUFFER_PITCH + ((chunk ^ (token & 7)) << 4)), from, bytes);
         }
     };
     // Turns chunk c into rows of the run: [column, token], 16 bytes are 8 tokens, exchanged by the column.
     auto transpose = [&](int c) {
         const uint32_t from = shared_address(memory + c % 2 * S::BUFFER);
-        const int first = c % chunks_of_run * CHUNK, end = min(window, first + CHUNK);
+        const int first = c % chunks_of_run * CHUNK;
+        int end = min(window, first + CHUNK);
+        if constexpr (CLUSTER > 1) end = min(end, columns - c / chunks_of_run * window);
 #pragma unroll 2
         for (int block = 0; block < TOKENS / 32 * (CHUNK / 8) / WARPS; ++block) {
             const int i = warp + block * WARPS;
             const int tokens32 = i / (CHUNK / 8) * 32, chunk = i % (CHUNK / 8), column = first + chunk * 8 + g;
             if (first + chunk * 8 >= end) continue;  // the same for the whole warp
             uint32_t pairs[4];  // of column g: tokens 8 j + 2 t and the next
-            const int token = tokens32 + lane;
-            load_matrices_transposed(pairs, from + token * CHUNK * 2 + ((chunk ^ (token & 7)) << 4));
+            // In a cluster nothing fills up with zeros: a token that does not exist is another one, and not written.
+            const int token = CLUSTER == 1 ? tokens32 + lane : min(tokens32 + lane, existing - 1);
+            const int place = CLUSTER == 1 ? chunk ^ (token & 7) : chunk;
+            load_matrices_transposed(pairs, from + token * S::BUFFER_PITCH + (place << 4));
             uint8_t* row = run_of(0) + column * TOKENS * 2 + 4 * t;
             if (column < end) {
 #pragma unroll
@@ -91,6 +104,30 @@ __device__ __forceinline__ void windowed(
         for (int column = threadIdx.x / (TOKENS / 8); column < count; column += THREADS / (TOKENS / 8))
             copy_async(shared_address(run_of(r) + column * TOKENS * 2 + ((chunk ^ (column & 7)) << 4)),
                        from + int64_t(column) * x_stride, bytes);
+    };
+
+    // In a cluster: unit u of the input, a chunk or a run, into all CTAs at once, as soon as all are done with the one
+    // before the last. Each warp issues a few copies: they leave a warp one by one.
+    auto bring = [&](int u) {
+        const uint32_t mbarrier = shared_address(&arrived[u % 2]);
+        const uint8_t* to;
+        const uint16_t* from;
+        int lines, bytes;
+        if constexpr (FEATURE_MAJOR) {
+            to = run_of(u), lines = min(window, columns - u * window), bytes = existing * 2;
+            from = x + int64_t(u) * window * x_stride + first_token;
+        } else {
+            const int run = u / chunks_of_run, first = run * window + u % chunks_of_run * CHUNK;
+            to = memory + u % 2 * S::BUFFER, lines = existing;
+            bytes = (min(min((run + 1) * window, columns), first + CHUNK) - first) * 2;
+            from = x + int64_t(first_token) * x_stride + first;
+        }
+        if (u >= 2) wait_for(shared_address(&released[u % 2]), u / 2 - 1 & 1);
+        if (threadIdx.x == 0) arrive_expecting(mbarrier, lines * bytes);
+#pragma unroll 1
+        for (int line = rank_in_cluster() + CLUSTER * (lane * WARPS + warp); line < lines; line += CLUSTER * THREADS)
+            copy_to_all(shared_address(to + line * (FEATURE_MAJOR ? RUN_PITCH : S::BUFFER_PITCH)),
+                        from + int64_t(line) * x_stride, bytes, mbarrier);
     };
 
     constexpr int BLOCKS = WARP_ROWS / 16, N_BLOCKS = S::WARP_TOKENS / 8;
@@ -114,11 +151,13 @@ __device__ __forceinline__ void windowed(
     float sums[BLOCKS][N_BLOCKS][4] = {};
     auto multiply = [&](const Weights& w, int r) {
         const int column = w.column - r * window;
-        const uint32_t row = shared_address(run_of(r) + column * TOKENS * 2);
+        const uint32_t row = shared_address(run_of(r) + column * RUN_PITCH);
 #pragma unroll
         for (int n = 0; n < N_BLOCKS; ++n) {
             uint32_t b[4];
-            load_matrices_transposed(b, row + (((warp_token / 8 + n) ^ (column & 7)) << 4));
+            const int chunk = warp_token / 8 + n;  // tokens that do not exist: as above, in whole copies of 16 bytes
+            const int place = COPIED ? min(chunk, existing / 8 - 1) : chunk ^ (column & 7);
+            load_matrices_transposed(b, row + (place << 4));
 #pragma unroll
             for (int i = 0; i < BLOCKS; i += 2) {
                 Type::template multiply<0>(sums[i][n], w.values[i], b, w.metadata[i / 2]);
@@ -127,8 +166,18 @@ __device__ __forceinline__ void windowed(
         }
     };
 
-    const int chunks = runs * chunks_of_run;
-    if constexpr (FEATURE_MAJOR) {
+    int chunks = runs * chunks_of_run;
+    if constexpr (CLUSTER > 1) {
+        chunks -= chunks_of_run - (columns - (runs - 1) * window + CHUNK - 1) / CHUNK;  // the last run may lack some
+        if (threadIdx.x < 2) {
+            init_mbarrier(shared_address(&arrived[threadIdx.x]), 1);
+            init_mbarrier(shared_address(&released[threadIdx.x]), FEATURE_MAJOR ? CLUSTER * WARPS : CLUSTER);
+            publish_mbarriers();
+        }
+        arrive_at_cluster();
+        wait_for_cluster();  // all mbarriers are there, and all CTAs
+        bring(0);
+    } else if constexpr (FEATURE_MAJOR) {
         fetch_run(0);
         commit_copies();
     } else {
@@ -141,7 +190,19 @@ __device__ __forceinline__ void windowed(
     Weights next{};
     if (active) next = load(0);  // like those of every other run, on their way before the run is there
     for (int r = 0, step = 0; r < runs; ++r) {
-        if constexpr (FEATURE_MAJOR) {
+        if constexpr (CLUSTER > 1 && FEATURE_MAJOR) {
+            if (r + 1 < runs) bring(r + 1);
+            wait_for(shared_address(&arrived[r % 2]), r / 2 & 1);
+        } else if constexpr (CLUSTER > 1) {
+            for (int c = r * chunks_of_run; c < min((r + 1) * chunks_of_run, chunks); ++c) {
+                if (c + 1 < chunks) bring(c + 1);
+                wait_for(shared_address(&arrived[c % 2]), c / 2 & 1);
+                __syncthreads();  // all are done with the run before
+                transpose(c);
+                __syncthreads();
+                if (c + 2 < chunks && threadIdx.x < CLUSTER) arrive_at(shared_address(&released[c % 2]), threadIdx.x);
+            }
+        } else if constexpr (FEATURE_MAJOR) {
             wait_copies<0>();
             __syncthreads();  // run r is there for all warps, and all are done with the one before
             if (r + 1 < runs) fetch_run(r + 1);
@@ -156,14 +217,19 @@ __device__ __forceinline__ void windowed(
                 commit_copies();
             }
         }
-        if (!active) continue;
-        const int end = r + 1 < runs ? (r + 1) * kept_of_window / 32 : steps;
+        if (CLUSTER == 1 && !active) continue;
+        const int end = !active ? 0 : r + 1 < runs ? (r + 1) * kept_of_window / 32 : steps;
         while (step < end) {
             const Weights now = next;
             if (++step < steps) next = load(step);
             multiply(now, r);
         }
+        if constexpr (COPIED) {
+            __syncwarp();  // this warp is done with the run, which every CTA has to know
+            if (r + 2 < runs && lane < CLUSTER) arrive_at(shared_address(&released[r % 2]), lane);
+        }
     }
+    if constexpr (CLUSTER > 1) arrive_at_cluster();
 
     // Through shared memory, so that a warp writes contiguous bytes, and the activation stands here once.
     float* block = reinterpret_cast<float*>(memory);  // [OUT_TOKENS, OUT_PITCH]
@@ -210,12 +276,14 @@ __device__ __forceinline__ void windowed(
             }
         });
     }
+    if constexpr (CLUSTER > 1) wait_for_cluster();  // no copy of this CTA is on its way to another any more
 }
 
-#define WINDOWED_ENTRY(NAME, TYPE, WARP_ROWS, TOKENS, FEATURE_MAJOR)                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                                       \
+#define WINDOWED_ENTRY(SUFFIX, TYPE, WARP_ROWS, TOKENS, FEATURE_MAJOR)                                                \
+    extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS) ENTRY(windowed, SUFFIX)(                        \
         const uint16_t* x,        /* 16 bit  [tokens, columns], rows x_stride apart, both multiples of 8; or */       \
-                                  /*         feature-major: [columns, tokens], rows x_stride apart, a multiple of 8 */\
+                                  /*         feature-major: [columns, tokens], rows x_stride apart, a multiple of 8,*/\
+                                  /*         which tokens is too in clusters */                                       \
         const uint16_t* values,   /* 16 bit  fragments, see hinm.cuh */                                               \
         const uint32_t* metadata, /* uint32  fragments */                                                             \
         const uint16_t* vector_index, /* uint16  [tiles, kept] */                                                     \
@@ -231,16 +299,23 @@ __device__ __forceinline__ void windowed(
                                                          window, kept_of_window, kept_of_last, activation);           \
     }
 
-// Tiles of 32 rows have warps of their own; 64 tokens where 128 would not fit into shared memory.
-#define WINDOWED(NAME, TYPE)                                  \
-    WINDOWED_ENTRY(NAME##_32_128, TYPE, 32, 128, false)        \
-    WINDOWED_ENTRY(NAME##_64_128, TYPE, 64, 128, false)        \
-    WINDOWED_ENTRY(NAME##_32_64, TYPE, 32, 64, false)          \
-    WINDOWED_ENTRY(NAME##_64_64, TYPE, 64, 64, false)          \
-    WINDOWED_ENTRY(NAME##_32_128_features, TYPE, 32, 128, true) \
-    WINDOWED_ENTRY(NAME##_64_128_features, TYPE, 64, 128, true) \
-    WINDOWED_ENTRY(NAME##_32_64_features, TYPE, 32, 64, true)   \
-    WINDOWED_ENTRY(NAME##_64_64_features, TYPE, 64, 64, true)
+// Tiles of 32 rows have warps of their own; 64 tokens where 128 would not fit into shared memory, or fill a GPU: there
+// blocks have few others to share with.
+#if __CUDA_ARCH__ >= 900
+#define WINDOWED_64_TOKENS(SUFFIX, TYPE, WARP_ROWS, FEATURE_MAJOR)
+#else
+#define WINDOWED_64_TOKENS(SUFFIX, TYPE, WARP_ROWS, FEATURE_MAJOR) \
+    WINDOWED_ENTRY(SUFFIX, TYPE, WARP_ROWS, 64, FEATURE_MAJOR)
+#endif
+#define WINDOWED(SHORT, TYPE)                                      \
+    WINDOWED_ENTRY(SHORT##_32_128, TYPE, 32, 128, false)           \
+    WINDOWED_ENTRY(SHORT##_64_128, TYPE, 64, 128, false)           \
+    WINDOWED_64_TOKENS(SHORT##_32_64, TYPE, 32, false)             \
+    WINDOWED_64_TOKENS(SHORT##_64_64, TYPE, 64, false)             \
+    WINDOWED_ENTRY(SHORT##_32_128_features, TYPE, 32, 128, true)   \
+    WINDOWED_ENTRY(SHORT##_64_128_features, TYPE, 64, 128, true)   \
+    WINDOWED_64_TOKENS(SHORT##_32_64_features, TYPE, 32, true)     \
+    WINDOWED_64_TOKENS(SHORT##_64_64_features, TYPE, 64, true)
 
-WINDOWED(windowed_f16, Half)
-WINDOWED(windowed_bf16, Bfloat16)
+WINDOWED(f16, Half)
+WINDOWED(bf16, Bfloat16)

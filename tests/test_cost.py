@@ -1,5 +1,6 @@
 """Which kernel takes a call, and what it is predicted to take."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from lightning_hinm.ops.cost import Call, Planes, choose_kernel, list_kernels, p
 from lightning_hinm.ops.figures import GPUS, estimate
 from lightning_hinm.ops.fragments import padded_kept
 
+MANIFEST = json.loads((kernels.FOLDER / "manifest.json").read_text())
 H100, LIMIT = estimate((9, 0)), 227 * 1024
 CALLS = st.builds(
     Call,
@@ -116,6 +118,7 @@ def test_shared_memory_is_what_the_manifest_says(vector_size: int) -> None:
         "decode": ("decode_f16_{}", {"pitch": cost.decode_pitch(2048)}),
         "decode_cluster": ("decode_cluster_f16_{}", {"pitch": cost.decode_pitch(2048)}),
         "windowed": (f"windowed_f16_{min(height, 64)}_{{}}", {"held": 256}),
+        "windowed_cluster": (f"windowed_cluster_f16_{min(height, 64)}_{{}}", {"held": 256}),
         "gather": (f"gather_f16_{height}", {"kept": kept}),
     }
     static = {"decode": 1152}  # a token's partial sums
@@ -127,7 +130,23 @@ def test_shared_memory_is_what_the_manifest_says(vector_size: int) -> None:
         shared = entry.shared_bytes(sizes)
         assert entry.cluster == (cost.CLUSTER if "cluster" in choice.kernel else 1)
         own = static.get(choice.kernel.removesuffix("_cluster"), 0) * choice.tokens
-        assert choice.shared == shared + own + (cost.MBARRIERS if "cluster" in choice.kernel else 0)
+        mbarriers = cost.MBARRIERS[choice.kernel.removesuffix("_cluster")] if "cluster" in choice.kernel else 0
+        assert choice.shared == shared + own + mbarriers
+        listed = {name: entry["resources"]["sm_90"]["shared"] for name, entry in MANIFEST["entries"].items()}
+        assert mbarriers + own in (0, listed[name.format(choice.tokens)]), "static shared memory"
+
+
+def test_feature_major_input_takes_the_shared_memory_that_the_manifest_says() -> None:
+    call = Call(HiNMPattern(64, 0.5, window=256), 512, 2048, 136, feature_major=True)
+    found = {choice.kernel: choice for choice in list_kernels(call, 10**9, H100) if choice.tokens == 128}
+    for kernel, padding in (("windowed", 0), ("windowed_cluster", cost.PADDING)):
+        held = cost.held_columns(256, 8, 128, padding)
+        shared = kernels.entries()[f"{kernel}_f16_64_128_features"].shared_bytes({"held": held})
+        assert found[kernel].shared == shared + (cost.MBARRIERS["windowed"] if padding else 0)
+        most = kernels.entries()[f"{kernel}_f16_64_128_features"].shared_bytes(
+            {"held": cost.held_columns(8, 1, 128, padding)}
+        )
+        assert most >= 32 * 260 * 4, "the output in its place"
 
 
 def clustered(call: Call, gpu: cost.Gpu = H100) -> dict[str, cost.Choice]:

@@ -1,6 +1,7 @@
 """The ops on the shipped kernels: in an interpreter of PTX, and on a GPU where there is one."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,8 @@ from lightning_hinm.format import HiNMWeight, random_weight
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import cost, expand_all, gpu
 from lightning_hinm.ops.cost import Call, Choice
-from lightning_hinm.ops.operands import ACTIVATIONS, activate
+from lightning_hinm.ops.figures import estimate
+from lightning_hinm.ops.operands import ACTIVATIONS, LinearOperands, activate
 from lightning_hinm.plan import predict
 from lightning_hinm.workload import Workload, measure, measuring_anew
 from tests.ptx import Fault
@@ -116,15 +118,26 @@ ENTRIES = [
     ("windowed_features", 128, 70, 600, 12, HiNMPattern(64, 0.75, window=104)),
     ("windowed_features", 64, 33, 601, 65, HiNMPattern(32, 0.5, window=136)),
     ("windowed_features", 64, 520, 64, 3, HiNMPattern(128, 0.0)),
+    # Blocks without rows, a second cluster, a second block of tokens; runs of a chunk and of two, a shorter last one.
+    ("windowed_cluster", 128, 1030, 90, 12, HiNMPattern(32, 0.5)),
+    ("windowed_cluster", 128, 300, 300, 131, HiNMPattern(64, 0.75, window=64)),
+    ("windowed_cluster", 128, 40, 1090, 12, HiNMPattern(32, 0.75, window=264)),
+    ("windowed_cluster_features", 128, 40, 91, 136, HiNMPattern(32, 0.5)),
+    ("windowed_cluster_features", 128, 300, 300, 24, HiNMPattern(64, 0.75, window=64)),
     ("gather", 128, 70, 150, 9, HiNMPattern(32, 0.5, window=20)),
     ("gather", 128, 100, 90, 133, HiNMPattern(64, 0.25, window=None)),
     ("gather", 128, 250, 200, 8, HiNMPattern(128, 0.75, window=None)),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ENTRIES, ids=str)
-@pytest.mark.parametrize("tile_order", [False, True])
+# Four blocks run where another kernel needs one: there one dtype and one order will do.
+COMPUTED = [
+    pytest.param(*each, marks=pytest.mark.slow if "cluster" in each[0][0] and at % 4 != at // 4 % 2 * 3 else ())
+    for at, each in enumerate(itertools.product(ENTRIES, DTYPES, (False, True)))
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "tile_order"), COMPUTED, ids=str)
 def test_every_entry_computes_the_layer(case: tuple[Any, ...], dtype: torch.dtype, tile_order: bool) -> None:
     kernel, block, rows, columns, tokens, pattern = case
     packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype, tile_order=tile_order)
@@ -193,25 +206,59 @@ def test_every_height_of_a_tile_runs(vector_size: int, kernel: str) -> None:
         check_linear(packed, numbers(10, 72, dtype=torch.float16), None)
 
 
-@settings(max_examples=30, derandomize=True)
-@given(
-    rows=st.integers(1, 300),
-    columns=st.integers(4, 300),
-    tokens=st.integers(1, 140),
-    kernel=st.sampled_from(["decode", "decode_cluster", "windowed", "windowed_features", "gather"]),
-    vector_size=st.sampled_from([32, 64, 128]),
-    vector_sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]),
-    window=st.sampled_from([None, 16, 40, 256]),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 9),
-)
-def test_random_shapes_agree(
+RANDOM: dict[str, Any] = {
+    "rows": st.integers(1, 300),
+    "columns": st.integers(4, 300),
+    "tokens": st.integers(1, 140),
+    "kernel": st.sampled_from(["decode", "windowed", "windowed_features", "gather"]),
+    "vector_size": st.sampled_from([32, 64, 128]),
+    "vector_sparsity": st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]),
+    "window": st.sampled_from([None, 16, 40, 256]),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 9),
+}
+SHARING = ["decode_cluster", "windowed_cluster", "windowed_cluster_features"]
+
+
+def check_random(
     rows: int, columns: int, tokens: int, kernel: str, seed: int, dtype: torch.dtype, **fields: Any
 ) -> None:
     packed = packed_layer(rows, columns, pattern=HiNMPattern(**fields), dtype=dtype)
     tokens = min(tokens, cost.DECODE_TOKENS) if kernel.startswith("decode") else tokens
+    tokens = -(-tokens // 8) * 8 if kernel == "windowed_cluster_features" else tokens
     with emulated(schedule="warps" if seed % 2 else "lockstep", seed=seed), only(kernel):
         check_linear(packed, tokens_for(kernel, tokens, columns, dtype), numbers(rows, dtype=dtype))
+
+
+@settings(max_examples=30, derandomize=True)
+@given(**RANDOM)
+def test_random_shapes_agree(**drawn: Any) -> None:
+    check_random(**drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(**{**RANDOM, "kernel": st.sampled_from(SHARING)})
+def test_random_shapes_agree_where_blocks_share_their_input(**drawn: Any) -> None:
+    check_random(**drawn)
+
+
+def test_feature_major_tokens_that_are_no_whole_copies_are_not_shared_as_they_lie() -> None:
+    call = Call(PLAIN, 300, 64, 136, feature_major=True)
+    for tokens, there in ((136, True), (137, False)):
+        choices = cost.list_kernels(replace(call, tokens=tokens), 10**6, estimate((9, 0)))
+        assert any(choice.kernel == "windowed_cluster" for choice in choices) == there
+    # The choice of the other storage takes them in rows.
+    (choice,) = (each for each in cost.list_kernels(Call(PLAIN, 70, 64, 13), 10**6, estimate((9, 0)))
+                 if each.kernel == "windowed_cluster")  # fmt: skip
+    packed, x = packed_layer(70, 64, pattern=PLAIN, dtype=torch.float16), numbers(13, 64, dtype=torch.float16)
+    operands: Any = (*packed.tensors.values(), None)
+    with emulated() as emulator:
+        linear = LinearOperands(*operands, *expand_all(packed).values(), 64, *PLAIN.fields)
+        out = torch.empty(13, 70, dtype=torch.float16)
+        gpu.run_linear(tokens_for("_features", 13, 64, torch.float16), out, linear, choice)
+    assert emulator.launched == ["windowed_cluster_f16_64_128"]
+    assert relative_error(out, F.linear(x.double(), unpack(packed).double())) < TOLERANCE[torch.float16]
 
 
 CONVOLUTIONS = [
@@ -617,6 +664,8 @@ MUTATED = {
     "decode": (16, 70, 1480, 11, HiNMPattern(64, 0.25, window=None)),
     "decode_cluster": (16, 40, 88, 11, HiNMPattern(32, 0.5, window=None)),
     "windowed": (64, 300, 896, 70, HiNMPattern(64, 0.5, window=192)),  # nothing pads the kept vectors
+    "windowed_cluster": (128, 40, 136, 70, HiNMPattern(64, 0.5, window=32)),
+    "windowed_cluster_features": (128, 40, 136, 72, HiNMPattern(64, 0.5, window=32)),
     # Runs of four steps and one of three, so that every unrolled part is reached.
     "windowed_features": (64, 300, 1088, 70, HiNMPattern(64, 0.5, window=224)),
     "gather": (128, 70, 300, 70, HiNMPattern(64, 0.0, window=None)),
@@ -627,6 +676,8 @@ BOUNDS = {
     "decode_cluster": ["tokens", "packed_rows", "columns"],
     "windowed": ["tokens", "packed_rows", "columns", "kept_of_last"],
     "windowed_features": ["tokens", "packed_rows", "columns", "kept_of_last"],
+    "windowed_cluster": ["tokens", "packed_rows", "columns"],
+    "windowed_cluster_features": ["tokens", "packed_rows", "columns"],
     "gather": ["tokens", "kept", "plane"],
 }
 # What moves numbers and computes nothing: the text, and the mistakes that it has a place for.
@@ -635,6 +686,9 @@ MOVES = {
     "planes": ["a half that stays where it is"],
 }
 BOUNDS_OF_MOVES = {"transpose": ["height", "width"], "planes": ["chunks", "height", "width"]}
+# Of the input of a few tokens no part is ever replaced. What many tokens share differs by their storage in this alone:
+RELEASES = ["a release that nobody hears of", "a release to one block alone"]
+QUICK = ["a barrier removed", "an mbarrier that is not waited for", *RELEASES]
 SAMPLE = 6  # mutants of one kind that are run, spread over the text
 
 
@@ -643,7 +697,7 @@ def is_caught(kernel: str, text: str, cases: dict[str, Any] = MUTATED) -> bool:
     block, rows, columns, tokens, pattern = cases[kernel]
     packed = packed_layer(rows, columns, pattern=pattern, dtype=torch.float16)
     x = tokens_for(kernel, tokens, columns, torch.float16)
-    schedule = {"schedule": "warps", "seed": 1} if "cluster" in kernel else {}
+    schedule = {"schedule": "warps", "seed": 1} if kernel == "decode_cluster" else {}
     with emulated(texts={f"{family_of(kernel)}.ptx": text}, **schedule), only(kernel, block):
         try:
             found, expected = run_linear(packed, x, None)
@@ -683,7 +737,9 @@ def mutated_text(kernel: str) -> str:
     if kernel in MOVES:
         return (kernels.FOLDER / f"{kernel}.ptx").read_text()
     family = family_of(kernel)
-    own = {"decode": "16", "windowed": "64_64", "gather": "64"}[family.removesuffix("_cluster")]
+    own = {"decode": "16", "decode_cluster": "16", "windowed": "64_64", "windowed_cluster": "64_128", "gather": "64"}[
+        family
+    ]
     return entry_text((kernels.FOLDER / f"{family}.ptx").read_text(), f"{family}_f16_{own}{kernel[len(family) :]}")
 
 
@@ -713,12 +769,13 @@ def test_a_bound_of_a_move_that_is_loosened_is_caught(kernel: str, bound: str) -
     assert all(is_move_caught(kernel, text) for _, text in found)
 
 
-# Of what a kernel that shares its input is made of besides, the other one of its source is mutated.
+# Of a kernel that shares its input, only what it has besides: the other one of its source is mutated, too.
 MUTANTS = [
-    (kernel, each)
+    pytest.param(kernel, each, marks=pytest.mark.slow if kernel == "windowed_cluster" and each not in QUICK else ())
     for kernel in MUTATED
     for each in (["a barrier removed", *CLUSTERED] if "cluster" in kernel else MISTAKES)
     if "bound" not in each and "half" not in each and ("cluster" in kernel or each not in CLUSTERED)
+    if not (kernel == "decode_cluster" and each in RELEASES)
 ]
 
 
@@ -735,7 +792,16 @@ def test_a_mistake_in_the_text_is_caught(kernel: str, mistake: str) -> None:
     assert not missed, f"nothing noticed {mistake} in lines {missed}"
 
 
-@pytest.mark.parametrize(("kernel", "bound"), [(kernel, bound) for kernel in BOUNDS for bound in BOUNDS[kernel]])
+@pytest.mark.parametrize(
+    ("kernel", "bound"),
+    [
+        pytest.param(
+            kernel, bound, marks=pytest.mark.slow if "windowed_cluster" in kernel and "packed" in bound else ()
+        )
+        for kernel in BOUNDS
+        for bound in BOUNDS[kernel]
+    ],
+)
 def test_a_bound_that_is_loosened_is_caught(kernel: str, bound: str) -> None:
     entry = next(entry for name, entry in kernels.entries().items() if name.startswith(f"{family_of(kernel)}_f16_"))
     place = [parameter.name for parameter in entry.parameters].index(bound)
@@ -802,6 +868,26 @@ def test_a_cluster_of_decode_reads_its_input_once_and_gathers_as_the_other_kerne
     sectors = 8 * 512 * 2 // 32
     assert alone.global_sectors["load"] - shared.global_sectors["load"] == (8 - 2) * sectors
     assert {**shared.wavefronts, "cp.async": 0} == {**alone.wavefronts, "cp.async": 0}
+    assert shared.mma == alone.mma
+
+
+@pytest.mark.parametrize("storage", ["", "_features"])
+def test_a_cluster_of_many_tokens_reads_its_input_once_and_conflicts_as_the_other_kernel_does(storage: str) -> None:
+    pattern = HiNMPattern(64, 0.5, window=64)
+    packed = random_weight(
+        (1024, 272), pattern, torch.float16, torch.Generator(), restored=False
+    )  # four blocks of rows
+    reports = []
+    for kernel in ("windowed", "windowed_cluster"):
+        with emulated() as emulator, only(kernel, 128):
+            run_linear(packed, tokens_for(kernel + storage, 128, 272, torch.float16), None)
+        reports += emulator.reports
+    alone, shared = reports
+    assert alone.global_sectors["load"] - shared.global_sectors["load"] == (4 - 1) * 128 * 272 * 2 // 32
+    assert shared.global_sectors == shared.global_sectors_ideal
+    # Rows 16 bytes longer do what an exchange of 16 bytes does, and what is beyond the last run is not turned.
+    for kind in ("ldmatrix", "ld.shared", "st.shared"):
+        assert shared.wavefronts[kind] <= alone.wavefronts[kind], kind
     assert shared.mma == alone.mma
 
 

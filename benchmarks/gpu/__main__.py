@@ -33,8 +33,10 @@ from benchmarks.gpu.cases import all_cases, default_cases
 from benchmarks.gpu.clock import Clock, Machine
 from benchmarks.gpu.plot import draw_plot
 from benchmarks.gpu.record import ROOT, Record, copies_of, facts, nvidia_smi, path_for
+from lightning_hinm.ops.figures import estimate
 
 NEEDS_GPU = 2  # exit code
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory of a block, of compute capability 9
 # The default run ends within eight minutes even if every step is killed at its limit: the limits leave
 # LEAST_SPEED_SECONDS of SECONDS, then comes GRACE; OWN is for the imports before all steps and the picture after them.
 SECONDS, FULL_SECONDS = 420.0, 3600.0
@@ -64,10 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help=f"of it all; {SECONDS:g}, with --full {FULL_SECONDS:g}")
     parser.add_argument("--out", type=Path, help="the JSON; benchmarks/results/gpu-<name of the GPU>.json")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the PNG of a JSON; needs no GPU")
+    parser.add_argument(
+        "--expect",
+        action="store_true",
+        help="only print what the library's estimates of an H100 expect of the goals; needs no GPU",
+    )
     parser.add_argument("--step", choices=("correctness", "sanitize", "rates", "speed"),
                         help="only that, in this process, into the JSON that is there; sanitize: what the two "
                         "sanitizers watch")  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.expect:
+        figures = estimate((9, 0))
+        print(f"by estimates of an {figures.name}, without any measurement: speed-up over BLAS, output in tile order")
+        print(goals.expected_table(goals.expect(default_cases(), figures, SHARED_LIMIT)))
+        return 0
     if options.plot:
         draw_plot(Record(options.plot).data, options.plot.with_suffix(".png"))
         return 0

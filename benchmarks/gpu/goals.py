@@ -1,10 +1,15 @@
-"""What the kernels are meant to reach, and what a record says of it. Pure: a record in, rows out."""
+"""What the kernels are meant to reach, and what a record says of it. Pure: a record in, rows out.
+
+``python -m benchmarks.gpu --expect`` prints what estimates expect of the goals; that needs no GPU.
+"""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.gpu.speed import seconds_of
+from benchmarks.gpu.cases import Case, Linear
+from benchmarks.gpu.speed import Key, path_of, seconds_of
+from lightning_hinm.ops import cost
 
 Record = dict[str, Any]
 DECODE_TOKENS, DECODE = 16, {0.75: 2.5, 0.875: 4.5}
@@ -141,6 +146,41 @@ def regret_of(case: Record, *, remeasured: bool = False) -> float | None:
         predicted = {path: seconds for path, seconds in case.get("remeasured", {}).items() if path in times}
         path = min(predicted, key=lambda name: predicted[name], default=None)
     return times[path] / min(times.values()) if path in times else None
+
+
+def expect(cases: Iterable[Case], figures: cost.Gpu, shared_limit: int) -> list[Record]:
+    """What a record of the cases would say if every time were the predicted one: kernels and BLAS, nothing else."""
+    records = []
+    for case in cases:
+        if not isinstance(case.layer, Linear):
+            continue
+        call = cost.Call(case.pattern, case.layer.rows, case.layer.columns, case.tokens)
+        record: Record = {"case": str(case), "kind": "linear", "rows": call.rows, "columns": call.in_features}
+        record |= {"tokens": call.tokens, "sparsity": case.pattern.sparsity, "vector_size": case.pattern.vector_size}
+        times = [asdict(Key("dense")) | {"seconds": cost.predict_dense(call, figures).seconds}]
+        chosen: dict[str, str] = {}
+        for storage in ("row", "feature"):
+            stored = cost.Call(call.pattern, call.rows, call.in_features, call.tokens, storage == "feature")
+            best = cost.choose_kernel(stored, shared_limit, figures)
+            if best is not None:
+                chosen[storage] = path_of(best)
+                times.append(asdict(Key(path_of(best), storage, "tile")) | {"seconds": best.seconds, "roof": best.roof})
+        records.append(record | {"times": times, "chosen": chosen})
+    return records
+
+
+def expected_table(records: Iterable[Record]) -> str:
+    """The goals of kernels alone, with the kernel that is expected to run and the roof that should bind it."""
+    lines = []
+    for record in records:
+        for storage in ("row", "feature"):
+            for goal in _ratios(record, storage):
+                path, word = record["chosen"][storage], "above" if goal.reached else "BELOW"
+                (roof,) = (time["roof"] for time in record["times"] if (time["path"], time["input"]) == (path, storage))
+                lines.append(
+                    f"{word} {goal.found:5.2f}x of {goal.wanted:.1f}x  {goal.text}: {goal.case}, {path} ({roof})"
+                )
+    return "\n".join(lines)
 
 
 def table_of(data: Record) -> str:

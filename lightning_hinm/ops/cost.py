@@ -16,8 +16,11 @@ __all__ = ["Call", "Choice", "Gpu", "choose_kernel", "gpu_of", "list_kernels", "
 DECODE_TOKENS = 32  # beyond, the weight would be read more than twice
 WINDOWED_OUT = 33280  # bytes of shared memory through which the windowed kernel writes
 DECODE_ROWS, WINDOWED_ROWS, GATHER_TOKENS = 32, 256, 128
+CLUSTERED_CHUNK = 256  # columns of each of two buffers
 CLUSTER = 4  # blocks that share their input, in the kernels that do
-MBARRIERS = 16  # bytes of shared memory, by which they wait for it
+# By kernel, bytes of shared memory for the mbarriers by which they wait for it, with what aligns the rest.
+MBARRIERS = {"decode": 16, "windowed": 256}
+PADDING = 16  # bytes between rows that were copied for a cluster
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
 # Of the rate of mma.sp, what is left beside turning row-major input in shared memory: an estimate, from its wavefronts.
 WINDOWED_RATE = 0.7
@@ -148,16 +151,24 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         copied = (turned_in + after[0], 1 + after[1]) if call.feature_major else after
         if n <= DECODE_TOKENS:
             for cluster, tokens in product(clusters, (8, 16)):
-                shared = (2 * decode_pitch(columns) + 1152) * tokens + (MBARRIERS if cluster > 1 else 0)
+                shared = (2 * decode_pitch(columns) + 1152) * tokens
+                shared += MBARRIERS["decode"] if cluster > 1 else 0
                 name = _named("decode", cluster)
                 yield predict(name, tokens, DECODE_ROWS, shared, columns, copied, cluster=cluster)
         window = columns if len(runs) == 1 else pattern.window or columns
-        for tokens in (128, 64) if window % ALIGNED == 0 else ():
+        blocks = ((128, 1), (64, 1), (128, CLUSTER)) if CLUSTER in clusters else ((128, 1), (64, 1))
+        for tokens, cluster in blocks if window % ALIGNED == 0 else ():
+            padding, mbarriers = (PADDING, MBARRIERS["windowed"]) if cluster > 1 else (0, 0)
             if call.feature_major:
-                shared, rate = 2 * tokens * held_columns(window, len(runs), tokens), 1.0
+                if cluster > 1 and n % ALIGNED:  # of the last tokens there is no whole copy
+                    continue
+                shared, rate = (2 * tokens + padding) * held_columns(window, len(runs), tokens, padding), 1.0
             else:
-                shared, rate = (512 + 2 * window) * tokens, WINDOWED_RATE
-            yield predict("windowed", tokens, WINDOWED_ROWS, shared, columns, after, rate)
+                buffers = 2 * (2 * CLUSTERED_CHUNK + padding) if cluster > 1 else 512
+                shared, rate = (buffers + 2 * window) * tokens, WINDOWED_RATE
+            name = _named("windowed", cluster)
+            shared += mbarriers
+            yield predict(name, tokens, WINDOWED_ROWS, shared, columns, after, rate, cluster=cluster)
         # Columns are wanted, and columns come out.
         ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
         turns = [turned for turned, lies_so in ways if not lies_so]
@@ -177,9 +188,16 @@ def decode_pitch(columns: int) -> int:
     return -(-columns // 64) * 64 + 8
 
 
-def held_columns(window: int, runs: int, tokens: int) -> int:
-    """Columns of feature-major input that a block of the windowed kernel holds: of two runs, if there are two."""
-    return max(window * min(runs, 2), -(-WINDOWED_OUT // (2 * tokens)))
+def held_columns(window: int, runs: int, tokens: int, padding: int = 0) -> int:
+    """Columns of feature-major input that a block of the windowed kernel holds: of two runs, if there are two.
+
+    Args:
+        window: columns of a run.
+        runs: how many there are.
+        tokens: of a block.
+        padding: bytes between two columns, beside the tokens.
+    """
+    return max(window * min(runs, 2), -(-WINDOWED_OUT // (2 * tokens + padding)))
 
 
 def gather_shared(height: int, kept: int) -> int:

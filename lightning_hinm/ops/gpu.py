@@ -89,15 +89,18 @@ def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choic
 
 def _windowed(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
     weight, pattern = _fragments(operands), pattern_of(operands)
-    as_it_lies = _is_feature_major(tokens)
+    clustered = choice.kernel == "windowed_cluster"
+    # In clusters tokens come in whole copies of 16 bytes: others are turned into rows first.
+    as_it_lies = _is_feature_major(tokens) and not (clustered and len(out) % ALIGNED)
     tokens = tokens.t() if as_it_lies else _aligned_rows(tokens)
     n, columns = len(out), tokens.shape[0 if as_it_lies else 1]
     kept = kept_of_runs(pattern, operands.in_features)
     window = columns if len(kept) == 1 else pattern.window or columns
-    held = cost.held_columns(window, len(kept), choice.tokens) if as_it_lies else window
+    padding = cost.PADDING if clustered else 0
+    held = cost.held_columns(window, len(kept), choice.tokens, padding) if as_it_lies else window
     numbers = (n, len(weight.rows), columns, tokens.stride(0), out.stride(0), weight.tile_rows, weight.kept)
     tail = (window, held, kept[0], kept[-1], ACTIVATION[operands.activation])
-    entry = f"windowed_{SHORT[out.dtype]}_{min(weight.tile_rows, 64)}_{choice.tokens}"
+    entry = f"{choice.kernel}_{SHORT[out.dtype]}_{min(weight.tile_rows, 64)}_{choice.tokens}"
     entry += "_features" if as_it_lies else ""
     kernels.launch(entry, tokens, *weight, _bias(operands), out, *numbers, *tail)
 

@@ -22,6 +22,8 @@ from benchmarks.gpu.plot import work_of
 from benchmarks.gpu.weights import random_fragments
 from lightning_hinm import HiNMPattern, kernels, unpack
 from lightning_hinm.format import check_packed, random_weight
+from lightning_hinm.ops import cost
+from lightning_hinm.ops.figures import estimate
 from tests.ptx.device import emulated
 from tests.test_fragments import PATTERNS, read_back
 
@@ -178,6 +180,25 @@ def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
     assert any(goal["text"] == "decode, Llama" and not goal["reached"] for goal in written["goals"])
     assert (tmp_path / "out" / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"decode_8 [\d.]+x \([\d.]+x in tile order\)(.|\n)*MISSED", capsys.readouterr().out)
+
+
+def test_what_estimates_expect_of_the_goals_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--expect"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("by estimates of an H100, without any measurement: ")
+    assert all(
+        re.match(r"(above|BELOW) +[\d.]+x of [\d.]+x  (decode, Llama|many tokens, (row|feature)-major): ", line)
+        for line in lines
+    )
+    (line,) = (
+        line for line in lines if "feature-major: Llama-7B up 11008x4096, 8192 tokens, V=64 87.50% window 256" in line
+    )
+    call = cost.Call(HiNMPattern.from_sparsity(0.875, 64, window=256), 11008, 4096, 8192, feature_major=True)
+    best = cost.choose_kernel(call, gpu.SHARED_LIMIT, estimate((9, 0)))
+    assert best is not None
+    ratio = cost.predict_dense(call, estimate((9, 0))).seconds / best.seconds
+    assert line.startswith(f"above  {ratio:.2f}x of 2.5x  many")
+    assert line.endswith(f"{best.kernel}_{best.tokens} ({best.roof})")
 
 
 def test_a_kernel_with_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .counters import global_sectors, shared_wavefronts
-from .machine import LANES, Copy
+from .group import LANES, Copy
 from .mbarrier import copy_in_bulk
 from .operands import LOCAL_WINDOW, SHARED_WINDOW, Builder, Step, opcode
 from .parse import Instruction
 from .values import RAW, U8, U32, U64, Array, decoder, encoder, type_dtype
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
 
 WINDOW = U64(0xFFFF_FFFF_0000_0000)
 

@@ -25,7 +25,7 @@ from .values import (
 )
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
 
 Function = Callable[..., Any]
 ROUNDINGS = ("rn", "rz", "rm", "rp")

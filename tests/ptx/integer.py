@@ -9,7 +9,7 @@ from .operands import Builder, Step, opcode
 from .values import S32, S64, STORAGE, U8, U32, U64, Array, type_dtype
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
 
 Function = Callable[..., Any]
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .counters import shared_wavefronts
-from .machine import LANES
+from .group import LANES
 from .operands import Builder, Read, Step, Write, opcode
 from .parse import Instruction
 from .values import F32, U16, U32, U64, Array, decode_bf16, decode_f16
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
 
 Decode = Callable[[Array], Array]
 CACHED = 32

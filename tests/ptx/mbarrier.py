@@ -11,7 +11,7 @@ from .transactions import RANK
 from .values import STORAGE, U16, U32, Array
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
 
 End = Callable[["Group"], int]
 

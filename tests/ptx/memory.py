@@ -10,7 +10,7 @@ from .report import Fault
 from .values import RAW, U8, U32, U64, Array
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
 
 
 ALLOCATION = 512  # alignment of what a GPU's allocator gives

@@ -26,16 +26,18 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "\tsub.u32 {1}, {1}, 16;\n{0}",
     ),
     "a copy for one block less": (r"(\tcp\.async\.bulk[^;]*), (%rs\d+);", "\tmov.u16 {1}, 7;\n{0}, {1};"),
+    "a release that nobody hears of": (r"\tmbarrier\.arrive\.release\.cluster[^;]*;", ""),
+    "a release to one block alone": (r"mapa\.shared::cluster\.u32 (%r\d+), (%r\d+), %r\d+;", "mov.u32 {0}, {1};"),
     "a copy that is not made": (r"\tcp\.async\.bulk[^;]*;", ""),
     "a bound that is loosened": (
         r"(\tld\.param\.u32\s+(%r\d+), \[\w+_param_{bound}\];)",
         "{0}\n\tadd.s32 {1}, {1}, 32;",
     ),
 }
-CLUSTERED = [
-    each for each in MISTAKES if "mbarrier" in each or "cluster" in each or " bytes " in each or "copy for" in each
+# Those of blocks that share their input.
+CLUSTERED = list(MISTAKES)[
+    list(MISTAKES).index("an mbarrier that is not waited for") : list(MISTAKES).index("a bound that is loosened")
 ]
-CLUSTERED += ["a copy that is not made"]
 
 
 def entry_text(text: str, name: str) -> str:

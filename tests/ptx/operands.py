@@ -10,7 +10,7 @@ from .parse import Entry, Instruction, Register, Variable, immediate
 from .values import FLOATS, STORAGE, U64, Array, constant, type_dtype
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
 
 Step = Callable[["Group"], None]
 Read = Callable[["Group"], Any]

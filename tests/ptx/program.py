@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from . import access, floating, integer, matrix, mbarrier, warp
-from .machine import LANES, Block, Group, Launch, Machine
+from .group import LANES, Block, Group, Launch
+from .machine import Machine
 from .memory import Buffer, GlobalMemory, buffer_of, pointer_of
 from .operands import Builder, Step
 from .parse import Entry, Instruction, Module, Variable, parse, type_size

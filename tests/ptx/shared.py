@@ -14,7 +14,7 @@ from .report import Fault
 from .values import RAW, U8, U64, Array
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
     from .transactions import Transactions
 
 POISON, FLIGHT, CODE = 0x80, 0x40, 0x3F

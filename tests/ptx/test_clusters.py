@@ -51,7 +51,9 @@ PARTS = {
 }
 
 
-def pipeline(find: str = "", replacement: str = "", schedule: str = "lockstep", seed: int = 0, **parts: str) -> Report:
+def pipeline(
+    schedule: str = "lockstep", seed: int = 0, *, find: str = "", replacement: str = "", **parts: str
+) -> Report:
     """The pipeline with something in another way; what it adds up is checked."""
     body = PIPELINE.format(**{**PARTS, **parts})
     assert find in body
@@ -65,7 +67,7 @@ def pipeline(find: str = "", replacement: str = "", schedule: str = "lockstep", 
 @BOTH
 def test_ctas_of_a_cluster_share_what_each_of_them_copies(schedule: str) -> None:
     for seed in range(3):
-        report = pipeline(schedule=schedule, seed=seed)
+        report = pipeline(schedule, seed)
         # Two clusters, two rounds of 1024 bytes each: counted once, not once for each CTA.
         assert report.global_sectors["load"] == report.global_sectors_ideal["load"] == 2 * 2 * 1024 // 32
 
@@ -73,7 +75,7 @@ def test_ctas_of_a_cluster_share_what_each_of_them_copies(schedule: str) -> None
 def test_an_order_that_holds_by_arrivals_alone_is_enough() -> None:
     # Without the barrier of the CTA each warp says for itself that it has read.
     each = {"before": "and.b32 %r14, t, 31; setp.lt.u32 %p2, %r14, 2; bar.warp.sync -1;", "readers": "4"}
-    pipeline(**each, mapa="mapa.shared::cluster.u32 %r13, %r9, %r14;")
+    pipeline("lockstep", 0, **each, mapa="mapa.shared::cluster.u32 %r13, %r9, %r14;")
 
 
 # What is wrong, how, and what is said of it.
@@ -149,7 +151,7 @@ MISTAKES: dict[str, tuple[dict[str, str], str]] = {
 def test_a_mistake_in_sharing_is_a_fault(mistake: str, schedule: str) -> None:
     parts, message = MISTAKES[mistake]
     with pytest.raises(Fault, match=message):
-        pipeline(schedule=schedule, seed=1, **parts)
+        pipeline(schedule, 1, **parts)
 
 
 def test_a_cta_that_ends_too_early_is_not_to_be_reached() -> None:

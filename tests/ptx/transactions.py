@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .clocks import Clocks
 from .counters import SECTOR
 from .parse import Instruction
 from .report import Fault
@@ -18,12 +19,12 @@ from .shared import FLIGHT
 from .values import U8, U64, Array
 
 if TYPE_CHECKING:
-    from .machine import Group, Machine
+    from .group import Group
+    from .machine import Machine
 
 RANK = 24  # bits of an offset below the rank of a CTA, plus 1, in an address of shared::cluster
 OFFSET = (1 << RANK) - 1
 GRANULE = 16  # bytes that bulk copies consist of
-MOST_MBARRIERS = 16  # of a CTA
 MOST_BYTES = (1 << 20) - 1  # that an mbarrier counts
 
 
@@ -71,38 +72,6 @@ class Mbarrier:
     def __str__(self) -> str:
         missing = f"{self.pending} of {self.count} arrivals and {self.bytes - self.in_flight} bytes missing"
         return f"{self.name} in phase {self.phase}, {missing}"
-
-
-class Clocks:
-    """``known[row, column]``: how far a warp, or an mbarrier, had come, as the warp of that row knows."""
-
-    def __init__(self, ctas: int, warps: int) -> None:
-        self.warps = warps
-        self.rows = ctas * warps
-        self.known = np.zeros((self.rows, self.rows + MOST_MBARRIERS * ctas), dtype=np.int64)
-        self.own = np.arange(self.rows)
-        self.known[self.own, self.own] = 1
-        self.agents = self.rows
-
-    def release(self, row: int) -> Array:
-        """What the warp knows and has done; what it does from now on is not part of it."""
-        found = self.known[row].copy()
-        self.known[row, row] += 1
-        return found
-
-    def acquire(self, row: int, released: Array) -> None:
-        """The warp learns what another one released."""
-        np.maximum(self.known[row], released, out=self.known[row])
-
-    def meet(self, rows: Array) -> None:
-        """All of these warps learn what each of them knows."""
-        self.known[rows] = self.known[rows].max(axis=0)
-        self.known[rows, rows] += 1
-
-    def agent(self) -> int:
-        """A column for one more mbarrier."""
-        self.agents += 1
-        return self.agents - 1
 
 
 class Transactions:

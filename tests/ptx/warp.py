@@ -10,7 +10,7 @@ from .parse import Instruction
 from .values import S32, STORAGE, U32, Array, type_dtype
 
 if TYPE_CHECKING:
-    from .machine import Group
+    from .group import Group
 
 LANES = 32
 
