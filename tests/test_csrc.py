@@ -88,7 +88,7 @@ def ptxas_12() -> str:
     return str(found)
 
 
-@pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["target"] == "sm_90"])
+@pytest.mark.parametrize("file", ["decode_cluster.ptx", pytest.param("windowed_cluster.ptx", marks=pytest.mark.slow)])
 def test_the_oldest_assembler_for_newer_texts_takes_those_of_clusters(file: str) -> None:
     check_assembly(file, "sm_90", ptxas_12())
 

@@ -342,7 +342,8 @@ def entry_of(choice: cost.Choice, pattern: HiNMPattern, dtype: torch.dtype, *, f
 
 def _feature_major(x: Tensor) -> Tensor:
     """The same tokens, each feature a row that starts on a boundary of 16 bytes."""
-    return F.pad(x.t(), (0, -len(x) % 8), value=float("nan"))[:, : len(x)].t()
+    # Without contiguous, nothing to pad would leave the rows of tokens as they are.
+    return F.pad(x.t().contiguous(), (0, -len(x) % 8), value=float("nan"))[:, : len(x)].t()
 
 
 @contextmanager

@@ -96,24 +96,31 @@ def test_the_whole_grid_has_every_convolution_of_resnet_50_but_the_first() -> No
 
 def test_the_correctness_step_runs_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(correctness, "_forms", lambda x: {"rows 3 apart": torch.nn.functional.pad(x, (0, 3))[:, :-3]})
-    found = record.Record(tmp_path / "gpu.json")
-    with emulated():
-        assert steps.check(found, CPU, TINY_TABLE, print)
+    found, said = record.Record(tmp_path / "gpu.json"), []
+    with emulated(clusters=False):
+        assert steps.check(found, CPU, TINY_TABLE, said.append)
+    assert re.match("left out, for this GPU has no clusters of blocks: decode_cluster_f16_8, ", said[0])
     written = json.loads((tmp_path / "gpu.json").read_text())["correctness"]
     assert not written["wrong"] + written["failed"]
     assert set(written["worst"]) == {"float16", "bfloat16"}
     assert all(0 < error < 5e-3 for error in written["worst"].values())
     names = {"decode_f16_8", "decode_f16_16", "windowed_bf16_32_64", "windowed_bf16_32_128", "gather_f16_32"}
-    assert names | {"transpose", "planes", "decode_cluster_f16_8"} <= set(written["launched"])
+    assert names | {"transpose", "planes"} <= set(written["launched"])
+    assert not any("cluster" in name for name in written["launched"])
 
 
-def test_what_a_gpu_without_clusters_lacks_is_left_out_and_said() -> None:
+def test_the_correctness_step_runs_what_blocks_share(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    matrix = dataclasses.replace(TINY_TABLE.matrices[0], tokens=(3,))
-    with emulated(ordered=True) as emulator:
+    matrix = dataclasses.replace(TINY_TABLE.matrices[0], tokens=(8,))
+    monkeypatch.setattr(correctness, "TOLERANCES", {torch.float16: 2e-3})
+    every = cost.list_kernels
+    monkeypatch.setattr(cost, "list_kernels", lambda *call: [each for each in every(*call) if "cluster" in each.kernel])
+    with emulated() as emulator:
         assert steps.sanitize(CPU, correctness.Table([matrix], [], []), said.append)
-    assert not any("cluster" in name for name in emulator.launched)
-    assert re.match("left out, for this GPU has no clusters of blocks: decode_cluster_f16_8, ", said[0])
+    shared = {name for name in emulator.launched if "cluster" in name}
+    windowed = {f"windowed_cluster_f16_32_128{storage}" for storage in ("", "_features")}
+    assert shared == {"decode_cluster_f16_8", "decode_cluster_f16_16", *windowed}
+    assert not any("left out" in line for line in said)
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (8, 7), (1, 8), (3, 1)], ids=str)
@@ -156,7 +163,7 @@ def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
     found = record.Record(tmp_path / "gpu.json")
     found.put("facts", record.facts(CPU))
     monkeypatch.setattr(speed, "VARIANTS", speed.VARIANTS[:2])
-    with emulated():
+    with emulated(clusters=False):
         machine, clock = dataclasses.replace(Machine.of(CPU), l2=1), Clock(CPU, least_rounds=1)
         assert steps.measure(found, machine, clock, print, scale=1000)
         assert steps.compare(found, machine, clock, [TOY, TOY_CONV], 60.0, print, case_seconds=0.0)
@@ -165,7 +172,7 @@ def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
     assert written == json.loads((tmp_path / "gpu.json").read_text())
     assert written["not_run"] == []
     assert written["row"]["measured"]
-    assert re.fullmatch(r'\(0, 0\): Gpu\("H100", ([\d.e+-]+, )+cluster=16, measured=True\),', written["row"]["python"])
+    assert re.fullmatch(r'\(0, 0\): Gpu\("H100", ([\d.e+-]+, )+measured=True\),', written["row"]["python"])
     linear, conv = written["cases"]
     times = {(entry["path"], entry["input"], entry["output"]): entry for entry in linear["times"]}
     assert times["decode_8", "row", "restored"]["seconds"] > 0
@@ -180,6 +187,13 @@ def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
     assert any(goal["text"] == "decode, Llama" and not goal["reached"] for goal in written["goals"])
     assert (tmp_path / "out" / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"decode_8 [\d.]+x \([\d.]+x in tile order\)(.|\n)*MISSED", capsys.readouterr().out)
+
+
+def test_a_row_for_the_table_says_what_a_cluster_of_blocks_has() -> None:
+    with emulated():
+        row = rates.peaks_of({}, Machine.of(CPU), "H100")
+    assert row == dataclasses.replace(estimate((9, 0)), measured=True)
+    assert rates.print_row(row, (9, 0)).endswith("cluster=16, measured=True),")
 
 
 def test_what_estimates_expect_of_the_goals_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +217,7 @@ def test_what_estimates_expect_of_the_goals_is_printed_without_a_gpu(capsys: pyt
 
 def test_a_kernel_with_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = record.Record(tmp_path / "gpu.json")
-    with emulated():
+    with emulated(clusters=False):
         machine, clock = dataclasses.replace(Machine.of(CPU), l2=1), Clock(CPU, least_rounds=1)
         monkeypatch.setattr(kernels, "launch", lambda *_: None)
         assert not steps.compare(found, machine, clock, [TOY], 60.0, print, case_seconds=0.0)

@@ -25,13 +25,15 @@ class Emulator:
     """What was launched, and how.
 
     Args:
-        ordered: run the texts for compute capability 10 and up, where blocks do not share their input.
+        ordered: run the texts for compute capability 10 and up.
+        clusters: whether blocks share their input; not where ``ordered``.
         schedule: of the interpreter.
         seed: of the order of warps.
         texts: replacements of shipped texts, by their file's name.
     """
 
     ordered: bool = False
+    clusters: bool = True
     schedule: str = "lockstep"
     seed: int = 0
     texts: dict[str, str] = field(default_factory=dict)
@@ -83,7 +85,7 @@ def emulated(**settings: Any) -> Iterator[Emulator]:
     """CPU tensors run on the kernels, in the interpreter: layers packed inside hold fragments, ops launch."""
     emulator = Emulator(**settings)
     figures = estimate((9, 0))
-    if emulator.ordered:
+    if emulator.ordered or not emulator.clusters:
         figures = replace(figures, cluster=0)
     with (
         mock.patch.object(kernels, "refusal", return_value=None),
