@@ -170,6 +170,15 @@ def test_a_cluster_reads_its_input_once_and_waves_are_of_whole_clusters() -> Non
     assert found["decode_cluster_16"].seconds == pytest.approx((weight + 33 * 16 * 4096 * 2) * 2 * 132 / 132)
 
 
+def test_blocks_that_only_fill_up_a_cluster_take_the_place_of_others() -> None:
+    pattern = HiNMPattern(64, 0.75, window=256)
+    # Tensor cores alone: 5 blocks of rows for each of 26 blocks of tokens are 130, and 52 clusters of which 32 run.
+    found = clustered(Call(pattern, 5 * 256, 4096, 26 * 128, feature_major=True), replace(H100, sparse=1.0))
+    work = 256 * padded_kept(pattern, 4096) * 128  # of a block
+    assert found["windowed_128"].seconds == pytest.approx(work * 132)
+    assert found["windowed_cluster_128"].seconds == pytest.approx(2 * work * 132)
+
+
 def test_where_sharing_gains_nothing_the_other_kernel_is_chosen() -> None:
     chosen = choose_kernel(Call(HiNMPattern(64, 0.75), 64, 64, 3), LIMIT, H100)
     assert chosen is not None

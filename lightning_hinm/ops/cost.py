@@ -128,16 +128,17 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
     ) -> Choice:  # fmt: skip
         """For blocks of ``tokens`` tokens and ``high`` rows that read so many columns; ``extra`` bytes and launches."""
         wide = -(-n // tokens)
-        blocks = wide * -(-rows // (high * cluster)) * cluster
+        blocks = wide * -(-rows // high)
+        filled = wide * -(-rows // (high * cluster)) * cluster  # with those that only fill up a cluster
         at_once = gpu.multiprocessors
         if cluster > 1:  # no cluster spans two processing clusters of the GPU
             at_once = gpu.multiprocessors // gpu.cluster * (gpu.cluster // cluster) * cluster
         # The last wave of blocks takes as long as a full one.
-        waves = -(-blocks // at_once) * gpu.multiprocessors / max(blocks, 1)
+        waves = -(-filled // at_once) * gpu.multiprocessors
         roofs = {
             "memory": (weight + call.moved + extra[0]) / gpu.memory,
-            "L2": (wide * weight + blocks * tokens * read * 2 / cluster) / gpu.l2 * waves,
-            "tensor cores": rows * kept * wide * tokens / (rate * gpu.sparse) * waves,
+            "L2": (wide * weight + filled * tokens * read * 2 / cluster) / gpu.l2 * waves / max(filled, 1),
+            "tensor cores": rows * kept * wide * tokens / (rate * gpu.sparse) * waves / max(blocks, 1),
         }
         seconds, roof = _tightest(roofs, gpu)
         return Choice(kernel, tokens, shared, seconds + extra[1] * gpu.launch, roof)
