@@ -2,6 +2,7 @@
 // part, since not every GPU has all instructions, and one that goes wrong should cost no other. Prints a line of JSON.
 //   mma    mma.sp and mma from registers; rows by cp.async of 16 bytes: compute capability 8.0 and up
 //   tma    the same rows by tensor copies, one box for each row: 9.0 and up
+//   bulk   rows by bulk copies, to one block and to the four of a cluster at once, as csrc/cluster.cuh: 9.0 alone
 //   wgmma  wgmma.sp, its weight from registers and from shared memory: 9.0 alone, compiled for sm_90a
 // ORDERED: the GPU wants mma.sp::ordered_metadata (compute capability 10 and up).
 #include <cuda.h>
@@ -119,6 +120,78 @@ __global__ void __launch_bounds__(128) gather_boxes(const __grid_constant__ CUte
                      : "memory");
     }
     for (int step = steps - 3; step < steps; ++step) wait(step);
+    if (stages[threadIdx.x] == 255) out[threadIdx.x] = 1.0f;  // never: the buffer holds smaller bytes
+#else
+    __trap();
+#endif
+}
+
+// Rows of BYTES by bulk copies, two stages of 16 KiB in flight. The BLOCKS of a cluster want the same rows: each copies a
+// share of a stage to all of them, once all are done with what it held.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define IN_CLUSTERS(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
+#else
+#define IN_CLUSTERS(BLOCKS)
+#endif
+template <int BYTES, int BLOCKS>
+__global__ void IN_CLUSTERS(BLOCKS) __launch_bounds__(128)
+    copy_rows(const uint8_t* from, uint32_t last_row, float* out, int steps) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(128) uint8_t stages[];
+    __shared__ uint64_t full[2], empty[2];
+    constexpr int STAGE = 16384, ROWS = STAGE / BYTES;
+    const auto wait = [](uint64_t* barrier, int parity) {
+        uint32_t done = 0;
+        while (!done)
+            asm volatile(
+                "{.reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                "selp.u32 %0, 1, 0, p;}"
+                : "=r"(done)
+                : "r"(shared_address(barrier)), "r"(parity)
+                : "memory");
+    };
+    if (threadIdx.x < 2) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + threadIdx.x)) : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(empty + threadIdx.x)), "r"(BLOCKS)
+                     : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    uint32_t seed = blockIdx.x * 7919 + threadIdx.x * 104729 + 12345;
+    const auto bring = [&](int step) {
+        if (step >= 2) wait(empty + step % 2, step / 2 - 1 & 1);
+        const uint32_t barrier = shared_address(full + step % 2);
+        if (threadIdx.x == 0)
+            asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(STAGE)
+                         : "memory");
+        // A few lanes of each warp, because copies leave a warp one by one.
+        for (int row = rank + BLOCKS * (threadIdx.x % 32 * 4 + threadIdx.x / 32); row < ROWS; row += BLOCKS * 128) {
+            seed = seed * 1664525 + 1013904223;
+            const uint32_t to = shared_address(stages + step % 2 * STAGE + row * BYTES);
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, "
+                "[%3], %4;" ::"r"(to),
+                "l"(from + uint64_t(seed >> 8 & last_row) * BYTES), "r"(BYTES), "r"(barrier),
+                "h"(uint16_t((1 << BLOCKS) - 1))
+                : "memory");
+        }
+    };
+    bring(0);
+    for (int step = 0; step < steps; ++step) {
+        if (step + 1 < steps) bring(step + 1);
+        wait(full + step % 2, step / 2 & 1);
+        __syncthreads();
+        if (step + 2 < steps && threadIdx.x < BLOCKS) {
+            uint32_t remote;
+            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                         : "=r"(remote)
+                         : "r"(shared_address(empty + step % 2)), "r"(threadIdx.x));
+            asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+        }
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
     if (stages[threadIdx.x] == 255) out[threadIdx.x] = 1.0f;  // never: the buffer holds smaller bytes
 #else
     __trap();
@@ -243,6 +316,17 @@ double gathered_boxes(uint8_t* from, size_t size, float* out, int processors) {
     return double(blocks) * STEPS * 16384 / time;
 }
 
+// Bytes a second that arrive in all blocks together.
+template <int BYTES, int BLOCKS>
+double copied(const uint8_t* from, size_t size, float* out, int processors) {
+    constexpr int STEPS = 2000, SHARED = 2 * 16384, RESIDENT = 4;
+    check(cudaFuncSetAttribute(copy_rows<BYTES, BLOCKS>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+    const int blocks = processors * RESIDENT / BLOCKS * BLOCKS;
+    const double time = seconds(
+        [&] { copy_rows<BYTES, BLOCKS><<<blocks, 128, SHARED>>>(from, size / BYTES - 1, out, STEPS); });
+    return double(blocks) * STEPS * 16384 / time;
+}
+
 int main(int count, char** arguments) {
     const char* part = count > 1 ? arguments[1] : "";
     cudaDeviceProp properties;
@@ -265,6 +349,10 @@ int main(int count, char** arguments) {
                gathered<128>(from, size, out, processors));
     } else if (!strcmp(part, "tma")) {
         printf("{\"tma_rows_128\": %.4g}\n", gathered_boxes(from, size, out, processors));
+    } else if (!strcmp(part, "bulk")) {
+        printf("{\"bulk_rows_256\": %.4g, \"bulk_rows_512\": %.4g, \"shared_rows_256\": %.4g, \"shared_rows_512\": %.4g}\n",
+               copied<256, 1>(from, size, out, processors), copied<512, 1>(from, size, out, processors),
+               copied<256, 4>(from, size, out, processors), copied<512, 4>(from, size, out, processors));
     } else if (!strcmp(part, "wgmma")) {
         // 64 x 128 x 16 multiply-adds on non-zeros, of two warpgroups in each of two blocks.
         const double flop = double(processors) * 2 * (THREADS / 128) * rounds * 4 * 262144;

@@ -167,6 +167,7 @@ class Rates:
         parts = {
             "mma": (True, ""),
             "tma": (capability >= (9, 0), "9.0 or more"),
+            "bulk": (capability == (9, 0), "9.0"),
             "wgmma": (capability == (9, 0), "9.0"),
         }
         found: Numbers = {}

@@ -423,10 +423,18 @@ def test_the_probe_compiles_with_the_instructions_of_each_gpu(capability: tuple[
     assert ("mma.sp::ordered_metadata" if capability >= (10, 0) else "mma.sp.sync") in text
     assert ("cp.async.bulk.tensor.2d" in text) == (capability >= (9, 0))
     wgmma = re.findall(r"wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16 {[^}]*}, ({?)", text)
+    assert ("multicast::cluster" in text) == (capability == (9, 0))
     assert set(wgmma) == ({"{", ""} if capability == (9, 0) else set())
 
 
-@pytest.mark.parametrize(("capability", "skipped"), [((8, 9), {"tma", "wgmma"}), ((9, 0), set()), ((12, 0), {"wgmma"})])
+PARTS_OF_GPUS: list[tuple[tuple[int, int], set[str]]] = [
+    ((8, 9), {"tma", "bulk", "wgmma"}),
+    ((9, 0), set()),
+    ((12, 0), {"bulk", "wgmma"}),
+]
+
+
+@pytest.mark.parametrize(("capability", "skipped"), PARTS_OF_GPUS)
 def test_a_part_costs_no_other(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], skipped: set[str]) -> None:
     def run(command: list[str], **_: Any) -> Any:
         return mock.Mock(returncode=command[-1] == "wgmma", stdout=f'{{"{command[-1]}_rate": 1}}', stderr="trap")
@@ -441,4 +449,6 @@ def test_a_part_costs_no_other(monkeypatch: pytest.MonkeyPatch, capability: tupl
     assert [("wgmma" in failure, "trap" in failure) for failure in failures] == [(True, True)] * (
         "wgmma" not in skipped
     )
-    assert {name for name in found if name.endswith("_rate")} == {f"{part}_rate" for part in {"mma", "tma"} - skipped}
+    assert {name for name in found if name.endswith("_rate")} == {
+        f"{part}_rate" for part in {"mma", "tma", "bulk"} - skipped
+    }
