@@ -156,7 +156,7 @@ def clustered(call: Call, gpu: cost.Gpu = H100) -> dict[str, cost.Choice]:
 def test_blocks_share_their_input_only_where_the_gpu_has_clusters_of_them() -> None:
     call = Call(HiNMPattern(64, 0.75), 11008, 4096, 16)
     assert "decode_cluster_16" in clustered(call)
-    for gpu in (*(gpu for capability, gpu in GPUS.items() if capability != (9, 0)), replace(H100, cluster=2)):
+    for gpu in (*(gpu for capability, gpu in GPUS.items() if capability != (9, 0)), replace(H100, gpc=2)):
         assert not any("cluster" in name for name in clustered(call, gpu))
 
 

@@ -57,6 +57,7 @@ def test_it_lies_in_the_users_cache_and_can_be_switched_off(monkeypatch: pytest.
     [
         *({"memory": 0.0}, {"l2": -1.0}, {"sparse": float("inf")}, {"sparse": 10**400}, {"l2": float("nan")}),
         *({"dense": "fast"}, {"launch": True}, {"multiprocessors": 1.5}, {"multiprocessors": 10**400}),
+        *({"gpc": gpc} for gpc in (-1, 1.5, True, 10**9)),
         *({"measured": False}, {"measured": 1}, {"name": ""}, {"name": 1}, {"more": 1}),
     ],
     ids=lambda change: f"{change}"[:30],

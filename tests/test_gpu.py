@@ -692,6 +692,8 @@ LONG_BOUNDS = [
     ("windowed_cluster", "packed_rows"),
     *itertools.product(["windowed_cluster_features"], ["packed_rows", "columns"]),
 ]
+# Their lines are those of the windowed kernel, but for those that bring the input in.
+SAME = ["windowed_features", "windowed_cluster", "windowed_cluster_features"]
 QUICK = ["an mbarrier that is not waited for", "a copy for one block less", RELEASES[1]]
 SAMPLE = 6  # mutants of one kind that are run, spread over the text
 
@@ -775,7 +777,7 @@ def test_a_bound_of_a_move_that_is_loosened_is_caught(kernel: str, bound: str) -
 
 # Of a kernel that shares its input, only what it has besides: the other one of its source is mutated, too.
 MUTANTS = [
-    pytest.param(kernel, each, marks=pytest.mark.slow if "windowed_cluster" in kernel and each not in QUICK else ())
+    pytest.param(kernel, each, marks=pytest.mark.slow if kernel in SAME and each not in QUICK else ())
     for kernel in MUTATED
     for each in (["a barrier removed", *CLUSTERED] if "cluster" in kernel else MISTAKES)
     if "bound" not in each and "half" not in each and ("cluster" in kernel or each not in CLUSTERED)
@@ -920,7 +922,7 @@ def test_the_planes_kernel_writes_whole_sectors() -> None:
 @pytest.mark.parametrize("case", ENTRIES, ids=str)
 def test_every_entry_computes_the_layer_on_a_gpu(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     kernel, block, rows, columns, tokens, pattern = case
-    if "cluster" in kernel and not cost.gpu_of(torch.device("cuda")).cluster:
+    if "cluster" in kernel and not cost.gpu_of(torch.device("cuda")).gpc:
         pytest.skip("needs a GPU of compute capability 9, whose blocks can share their input")
     packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype).to("cuda")
     with only(kernel, block):

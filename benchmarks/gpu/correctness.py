@@ -161,7 +161,7 @@ class Checker:
     """
 
     def __init__(self, device: torch.device, home: torch.device) -> None:
-        lacks_clusters = cost.gpu_of(device).cluster < cost.CLUSTER
+        lacks_clusters = cost.gpu_of(device).gpc < cost.CLUSTER
         left_out = [name for name, entry in kernels.entries().items() if entry.cluster > 1 and lacks_clusters]
         self.device, self.home, self.findings = device, home, Findings(left_out=left_out)
         self.generator = torch.Generator(home).manual_seed(0)

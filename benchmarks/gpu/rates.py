@@ -227,7 +227,7 @@ def peaks_of(measured: Numbers, machine: Machine, name: str) -> cost.Gpu:
         _round(first(max(dense, default=None), estimate.dense)),
         estimate.multiprocessors if machine.device.type != "cuda" else _multiprocessors(machine.device),
         _round(first(measured.get("launch", {}).get("kernel", {}).get("graph"), estimate.launch)),
-        cluster=estimate.cluster,
+        gpc=estimate.gpc,
         measured=True,
     )
 
@@ -235,8 +235,8 @@ def peaks_of(measured: Numbers, machine: Machine, name: str) -> cost.Gpu:
 def print_row(row: cost.Gpu, capability: Sequence[int]) -> str:
     """The row as Python: what to paste into the table."""
     numbers = f"{row.memory:.3g}, {row.l2:.3g}, {row.sparse:.3g}, {row.dense:.3g}, {row.multiprocessors}, {row.launch}"
-    cluster = f", cluster={row.cluster}" if row.cluster else ""
-    return f'({capability[0]}, {capability[1]}): Gpu("{row.name}", {numbers}{cluster}, measured=True),'
+    gpc = f", gpc={row.gpc}" if row.gpc else ""
+    return f'({capability[0]}, {capability[1]}): Gpu("{row.name}", {numbers}{gpc}, measured=True),'
 
 
 def probe_flags(capability: tuple[int, int]) -> list[str]:

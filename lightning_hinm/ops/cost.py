@@ -132,7 +132,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         filled = wide * -(-rows // (high * cluster)) * cluster  # with those that only fill up a cluster
         at_once = gpu.multiprocessors
         if cluster > 1:  # no cluster spans two processing clusters of the GPU
-            at_once = gpu.multiprocessors // gpu.cluster * (gpu.cluster // cluster) * cluster
+            at_once = max(gpu.multiprocessors // gpu.gpc, 1) * (gpu.gpc // cluster) * cluster
         # The last wave of blocks takes as long as a full one.
         waves = -(-filled // at_once) * gpu.multiprocessors
         roofs = {
@@ -143,7 +143,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         seconds, roof = _tightest(roofs, gpu)
         return Choice(kernel, tokens, shared, seconds + extra[1] * gpu.launch, roof)
 
-    clusters = (1, CLUSTER) if gpu.cluster >= CLUSTER else (1,)  # where it gains nothing, the first one is chosen
+    clusters = (1, CLUSTER) if gpu.gpc >= CLUSTER else (1,)  # where it gains nothing, the first one is chosen
     if call.planes is None:
         # The decode kernel wants rows: what lies feature-major is copied into rows first. Rows is what it writes, as
         # the windowed kernel does.
@@ -157,8 +157,8 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
                 name = _named("decode", cluster)
                 yield predict(name, tokens, DECODE_ROWS, shared, columns, copied, cluster=cluster)
         window = columns if len(runs) == 1 else pattern.window or columns
-        blocks = ((128, 1), (64, 1), (128, CLUSTER)) if CLUSTER in clusters else ((128, 1), (64, 1))
-        for tokens, cluster in blocks if window % ALIGNED == 0 else ():
+        sizes = ((128, 1), (64, 1), *((128, cluster) for cluster in clusters[1:]))
+        for tokens, cluster in sizes if window % ALIGNED == 0 else ():
             padding, mbarriers = (PADDING, MBARRIERS["windowed"]) if cluster > 1 else (0, 0)
             if call.feature_major:
                 if cluster > 1 and n % ALIGNED:  # of the last tokens there is no whole copy
@@ -168,8 +168,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
                 buffers = 2 * (2 * CLUSTERED_CHUNK + padding) if cluster > 1 else 512
                 shared, rate = (buffers + 2 * window) * tokens, WINDOWED_RATE
             name = _named("windowed", cluster)
-            shared += mbarriers
-            yield predict(name, tokens, WINDOWED_ROWS, shared, columns, after, rate, cluster=cluster)
+            yield predict(name, tokens, WINDOWED_ROWS, shared + mbarriers, columns, after, rate, cluster=cluster)
         # Columns are wanted, and columns come out.
         ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
         turns = [turned for turned, lies_so in ways if not lies_so]

@@ -34,8 +34,8 @@ class Gpu:
         dense: FLOP a second of its BLAS.
         multiprocessors: how many blocks run at once, if each has one to itself.
         launch: seconds that a kernel takes at least.
-        cluster: multiprocessors of the least of its processing clusters, within which blocks can share what they load;
-            0 where no kernel does.
+        gpc: multiprocessors of the least of its processing clusters, in one of which the blocks of a cluster lie; 0
+            where no kernel has clusters of blocks.
         measured: whether these were measured, or are estimates from data sheets.
     """
 
@@ -46,7 +46,7 @@ class Gpu:
     dense: float
     multiprocessors: int
     launch: float = 3e-6
-    cluster: int = 0
+    gpc: int = 0
     measured: bool = False
 
 
@@ -55,7 +55,7 @@ GPUS = {
     (8, 0): Gpu("A100", 1.4e12, 4.5e12, 300e12, 270e12, 108),
     (8, 6): Gpu("RTX 30", 0.85e12, 2.2e12, 68e12, 68e12, 82),
     (8, 9): Gpu("RTX 40", 0.9e12, 4.5e12, 150e12, 150e12, 128),
-    (9, 0): Gpu("H100", 3.0e12, 6.0e12, 440e12, 700e12, 132, cluster=16),
+    (9, 0): Gpu("H100", 3.0e12, 6.0e12, 440e12, 700e12, 132, gpc=16),
     (10, 0): Gpu("B200", 7.0e12, 10e12, 440e12, 1600e12, 148),
     (12, 0): Gpu("RTX 50", 1.5e12, 5.0e12, 200e12, 200e12, 170),
 }
@@ -117,7 +117,7 @@ def _makes_sense(name: str, value: Any) -> bool:
         return isinstance(value, str) and value != ""
     if name == "measured":
         return value is True
-    if name == "cluster":
+    if name == "gpc":
         return type(value) is int and 0 <= value < 1 << 10
     kinds = (int,) if name == "multiprocessors" else (int, float)
     try:

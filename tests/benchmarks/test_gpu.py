@@ -193,7 +193,7 @@ def test_a_row_for_the_table_says_what_a_cluster_of_blocks_has() -> None:
     with emulated():
         row = rates.peaks_of({}, Machine.of(CPU), "H100")
     assert row == dataclasses.replace(estimate((9, 0)), measured=True)
-    assert rates.print_row(row, (9, 0)).endswith("cluster=16, measured=True),")
+    assert rates.print_row(row, (9, 0)).endswith("gpc=16, measured=True),")
 
 
 def test_what_estimates_expect_of_the_goals_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def emulated(**settings: Any) -> Iterator[Emulator]:
     emulator = Emulator(**settings)
     figures = estimate((9, 0))
     if emulator.ordered or not emulator.clusters:
-        figures = replace(figures, cluster=0)
+        figures = replace(figures, gpc=0)
     with (
         mock.patch.object(kernels, "refusal", return_value=None),
         mock.patch.object(kernels, "shared_limit", return_value=SHARED_LIMIT),
