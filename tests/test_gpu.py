@@ -103,6 +103,10 @@ def check_linear(packed: HiNMWeight, x: Tensor, bias: Tensor | None, activation:
     assert relative_error(found, expected) < TOLERANCE[x.dtype]
 
 
+# Those that share their input do the same with it: they are left to the long run.
+KERNELS = ["decode", "windowed", "gather"]
+KERNELS_AND_SHARING = [*KERNELS, *(pytest.param(f"{name}_cluster", marks=pytest.mark.slow) for name in KERNELS[:2])]
+
 # kernel, its tokens of a block, rows, columns, tokens, pattern: every entry, with tails in every direction
 PLAIN = HiNMPattern(window=None)
 ENTRIES = [
@@ -175,7 +179,7 @@ def test_the_texts_for_newer_gpus_compute_the_same(case: tuple[Any, ...], schedu
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_activation_is_that_of_torch(kernel: str, activation: str, dtype: torch.dtype) -> None:
     packed = packed_layer(64, 64, pattern=PLAIN, dtype=dtype)
@@ -185,7 +189,7 @@ def test_every_activation_is_that_of_torch(kernel: str, activation: str, dtype: 
         check_linear(packed, x, numbers(64, dtype=dtype), activation)
 
 
-@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather"])
+@pytest.mark.parametrize("kernel", KERNELS_AND_SHARING)
 def test_not_a_number_stays_one(kernel: str) -> None:
     packed = packed_layer(64, 64, pattern=HiNMPattern(vector_sparsity=0.0), dtype=torch.float16)
     x = numbers(9, 64, dtype=torch.float16)
@@ -198,7 +202,7 @@ def test_not_a_number_stays_one(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("vector_size", [32, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather"])
+@pytest.mark.parametrize("kernel", KERNELS_AND_SHARING)
 def test_every_height_of_a_tile_runs(vector_size: int, kernel: str) -> None:
     pattern = HiNMPattern(vector_size, 0.5, window=None)
     packed = packed_layer(2 * vector_size + 5, 72, pattern=pattern, dtype=torch.float16)
@@ -361,7 +365,7 @@ def test_images_are_taken_in_parts_that_bound_the_memory_of_their_planes() -> No
     assert emulator.launched == ["planes", "gather_f16_32"] * 2
 
 
-@pytest.mark.parametrize("kernel", ["decode", "windowed", "gather"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("columns", [64, 61])
 def test_any_strides_and_any_alignment_are_taken(kernel: str, columns: int) -> None:
     packed = packed_layer(64, columns, pattern=PLAIN, dtype=torch.float16)

@@ -83,8 +83,8 @@ class Transactions:
         self.clocks = Clocks(ctas, warps)
         granules = ctas * self.shared.stride // GRANULE
         # The clock of each warp of the CTA when it last read or wrote there.
-        self.read_at = np.zeros((granules, warps), dtype=np.int64)
-        self.written_at = np.zeros((granules, warps), dtype=np.int64)
+        self.read_at = np.zeros((granules, warps), dtype=np.int32)
+        self.written_at = np.zeros((granules, warps), dtype=np.int32)
         self.fenced_at = np.zeros(self.clocks.rows, dtype=np.int64)  # when it last ordered its writes before copies
         # The mbarrier that what lies there completed, and in which phase; 0: no copy brought it.
         self.landed_by = np.zeros(granules, dtype=np.int64)
