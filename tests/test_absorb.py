@@ -704,7 +704,10 @@ def expanded(sets: list[list[str]], count: int) -> list[list[str]]:
     return [[n for name in names for n in dict.fromkeys(name.format(i) for i in range(count))] for names in sets]
 
 
-@pytest.mark.parametrize("case", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=pytest.mark.slow if name == "bert" else ()) for name, case in STREAMS.items()],
+)
 def test_a_transformer_whose_layers_share_an_order_restores_only_what_attention_reads(
     case: tuple[str, dict[str, Any], list[list[str]], int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,9 +57,8 @@ def check_assembly(file: str, architecture: str, ptxas: str) -> None:
 
 
 # The others differ from one of these in their limits, hardly in their instructions.
-SAMPLED = ("sm_80", "sm_90", "sm_120")
 ASSEMBLED = [
-    pytest.param(text["file"], name, marks=() if name in SAMPLED else pytest.mark.slow)
+    pytest.param(text["file"], name, marks=() if name in (text["target"], "sm_120") else pytest.mark.slow)
     for text in TEXTS
     for name in served(text)
 ]
@@ -72,7 +71,7 @@ def test_the_newest_assembler_takes_every_text(file: str, architecture: str) -> 
 
 @pytest.mark.parametrize(
     "architecture",
-    [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.slow) for name in build.KNOWN_TO_11],
+    [name if name == "sm_90" else pytest.param(name, marks=pytest.mark.slow) for name in build.KNOWN_TO_11],
 )
 @pytest.mark.parametrize("file", [text["file"] for text in TEXTS if text["ptx_version"] == "7.4"])
 def test_the_oldest_assembler_takes_the_texts_for_old_drivers(file: str, architecture: str) -> None:

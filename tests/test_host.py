@@ -270,7 +270,8 @@ CHECK = "from tests.test_cpu import check_many; check_many(); print('equal')"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
-@pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_every_instruction_set_computes_the_same(capability: str, tmp_path: Path) -> None:
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("needs AVX2")

@@ -47,6 +47,7 @@ TINY = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_the_demo_compares_every_variant_and_writes_what_it_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ def run_models(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_whole_networks_are_compared_and_the_table_says_what_the_json_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
