@@ -127,6 +127,18 @@ class HiNMPattern:
             return [(0, in_features)]
         return [(first, min(first + self.window, in_features)) for first in range(0, in_features, self.window)]
 
+    def equal_runs(self, in_features: int) -> list[tuple[int, int, int]]:
+        """``(first, columns, count)`` of runs side by side that have as many columns: all but the last, and the last.
+
+        >>> HiNMPattern(window=256).equal_runs(1100)
+        [(0, 256, 4), (1024, 76, 1)]
+        """
+        whole = (
+            [(0, self.window, in_features // self.window)] if len(self.runs(in_features)) > 1 and self.window else []
+        )
+        first = sum(columns * count for _, columns, count in whole)
+        return whole + [(first, in_features - first, 1)] * (first < in_features)
+
     def kept(self, in_features: int) -> int:
         """Kept columns of each tile, P: the one place that rounds. A multiple of ``m``, virtual columns included.
 

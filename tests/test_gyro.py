@@ -821,7 +821,7 @@ def test_a_budget_is_shared_by_the_matrices_and_its_end_is_told_of_each(monkeypa
     found = search_shared(matrices, patterns, time_budget=1.0)
     assert [result.ended_by_budget for result in found] == [True, True]
     assert found[0].seconds == pytest.approx(1.5 * found[1].seconds)
-    assert 0.5 <= found[0].seconds + found[1].seconds < 5
+    assert 0.4 <= found[0].seconds + found[1].seconds < 5  # the share of the annealing, at least
     for result, matrix in zip(found, matrices, strict=True):
         assert result.retained > search(matrix, patterns[0], method="identity").retained + 0.01
 

@@ -147,3 +147,15 @@ def test_matrix_round_trip(module):
     matrix = to_matrix(weight, kind)
     assert matrix.shape[0] == 8
     assert torch.equal(from_matrix(matrix, kind, tuple(weight.shape)), weight)
+
+
+@pytest.mark.parametrize(("in_features", "window"), [(40, None), (40, 16), (64, 16), (65, 16), (96, 16), (100, 16)])
+def test_equal_runs_are_the_runs_taken_together(in_features: int, window: int | None) -> None:
+    pattern = HiNMPattern(window=window)
+    found = [
+        (first + i * columns, first + (i + 1) * columns)
+        for first, columns, count in pattern.equal_runs(in_features)
+        for i in range(count)
+    ]
+    assert found == pattern.runs(in_features)
+    assert len(pattern.equal_runs(in_features)) <= 2

@@ -32,7 +32,7 @@ TURNS, DRAWS, LEAST = 2, 4, 5e-5
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
 QUICK, QUICK_LEAST = 96, 2e-4
 # The annealing's share of a time budget.
-SHARE = 0.5
+SHARE = 0.4
 
 
 def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -127,10 +127,12 @@ def _likely(saliency: Tensor, pattern: HiNMPattern) -> Tensor:
 def _kept(sums: Tensor, pattern: HiNMPattern) -> Tensor:
     """1.0 for the columns with the largest sums in each tile, run by run, else 0.0: ``[T, I]``."""
     kept = torch.zeros_like(sums)
-    for first, last in pattern.runs(sums.shape[1]):
-        count = min(pattern.kept_of_run(last - first), last - first)
-        best = sums[:, first:last].topk(count, dim=1, sorted=False).indices
-        kept[:, first:last].scatter_(1, best, 1.0)
+    for first, columns, count in pattern.equal_runs(sums.shape[1]):
+        of_runs, marked = (
+            each[:, first : first + columns * count].unflatten(1, (count, columns)) for each in (sums, kept)
+        )
+        best = of_runs.topk(min(pattern.kept_of_run(columns), columns), dim=2, sorted=False).indices
+        marked.scatter_(2, best, 1.0)
     return kept
 
 

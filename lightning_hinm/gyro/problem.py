@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -181,30 +182,42 @@ def assign_vectors(
     pattern, index = problem.pattern, index.clone()
     if pattern.n == pattern.m:  # all groups are worth their sums: the largest sums are best
         return choose_vectors(problem.saliency, pattern, order, within=problem.within) if pruned else index
-    v, m, in_features = pattern.vector_size, pattern.m, problem.saliency.shape[1]
+    v, m, tiles = pattern.vector_size, pattern.m, index.shape[0]
     start = 0
-    for first, last in pattern.runs(in_features):
-        kept = pattern.kept_of_run(last - first)
-        held = slice(start, start + min(kept, last - first))  # of the slots, those that hold real columns
-        groups = (held.stop - held.start) // m  # a group that virtual columns complete stays as it is
-        start += kept
+    for first, columns, count in pattern.equal_runs(problem.saliency.shape[1]):
+        kept = pattern.kept_of_run(columns)
+        held = min(kept, columns)  # of the slots, those that hold real columns
+        groups = held // m  # a group that virtual columns complete stays as it is
+        slots = index[:, start : start + count * kept].unflatten(1, (count, kept))[
+            :, :, :held
+        ]  # [T, runs, held], a view
+        start += count * kept
         if not groups or not (pruned or groups > 1):
             continue
         size = min(groups, most)
-        step = max(BATCH // (groups * (2 * size + m * v) + (last - first) * v), 1)  # tiles at a time
-        for t in range(0, index.shape[0], step):
-            part = order[t * v : (t + step) * v]
-            points = tile_rows(problem.saliency[:, first:last], part, v).transpose(1, 2).contiguous()  # [B, W, V]
-            local = index[t : t + step, held] - first
+        at_once = max(BATCH // (groups * (2 * size + m * v) + columns * v), 1)  # blocks
+        runs = min(count, at_once)
+        for r, t in product(range(0, count, runs), range(0, tiles, at_once // runs)):
+            part = order[t * v : (t + at_once // runs) * v]
+            own = slots[t : t + at_once // runs, r : r + runs]
+            begin, end = first + r * columns, first + min(r + runs, count) * columns
+            points = _blocks(problem.saliency[:, begin:end], part, v, columns).transpose(1, 2).contiguous()  # [B, W, V]
+            offset = torch.arange(begin, end, columns, device=index.device).unsqueeze(1)
+            local = (own - offset).flatten(0, 1)  # [B, held]
             free = torch.ones(points.shape[:2], dtype=torch.bool, device=index.device)
             if problem.within is not None:
-                free = tile_rows(problem.within[:, first:last], part, v).any(dim=1)
+                free = _blocks(problem.within[:, begin:end], part, v, columns).any(dim=1)
             free.scatter_(1, local, False)
             blocks = Blocks(points, local[:, : groups * m].unflatten(1, (groups, m)), free if pruned else None, most)
             blocks.assign(problem, draws, least)
-            index[t : t + step, held][:, : groups * m] = blocks.slots.flatten(1) + first
+            own[:, :, : groups * m] = blocks.slots.flatten(1).unflatten(0, own.shape[:2]) + offset
             problem.tell(order, index)
     return index
+
+
+def _blocks(matrix: Tensor, order: Tensor, vector_size: int, columns: int) -> Tensor:
+    """``[O, runs * W]`` -> ``[B, V, W]``, the runs of each tile one after another."""
+    return tile_rows(matrix, order, vector_size).unflatten(2, (-1, columns)).transpose(1, 2).flatten(0, 1)
 
 
 class Blocks:
