@@ -9,8 +9,9 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml
 	@python3 -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("lightning-hinm needs Python 3.10 or newer; python3 is %d.%d. Put a newer python3 first on PATH." % v[:2])'
 	python3 -m venv .venv
-	@# Bytecode is made of what is imported, which is little of what is installed.
+	@# Bytecode afterwards, on all cores. Not all that is installed compiles: some is of other versions of Python.
 	$(PYTHON) -m pip install --no-compile -e '.[dev]'
+	-$(PYTHON) -m compileall -q -j 0 .venv/lib > /dev/null 2>&1
 	@# Apart, because its files have the paths of the oldest assembler's. Without it a test is skipped, and says so.
 	-$(PYTHON) -m pip install --no-deps --upgrade --target .venv/cuda12 nvidia-cuda-nvcc-cu12==12.8.93
 	@touch $@
