@@ -24,6 +24,7 @@ def test_the_prototype_that_the_search_is_measured_against_is_no_straw_man() -> 
     assert found[0] > max(found[1:])
 
 
+@pytest.mark.slow
 def test_the_search_benchmark_writes_every_part_and_draws_the_plot(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
