@@ -6,6 +6,7 @@ Shapes: O rows (output channels), I columns, T = ceil(O / V) tiles, P kept colum
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -133,11 +134,8 @@ class HiNMPattern:
         >>> HiNMPattern(window=256).equal_runs(1100)
         [(0, 256, 4), (1024, 76, 1)]
         """
-        whole = (
-            [(0, self.window, in_features // self.window)] if len(self.runs(in_features)) > 1 and self.window else []
-        )
-        first = sum(columns * count for _, columns, count in whole)
-        return whole + [(first, in_features - first, 1)] * (first < in_features)
+        alike = [list(runs) for _, runs in groupby(self.runs(in_features), key=lambda run: run[1] - run[0])]
+        return [(runs[0][0], runs[0][1] - runs[0][0], len(runs)) for runs in alike]
 
     def kept(self, in_features: int) -> int:
         """Kept columns of each tile, P: the one place that rounds. A multiple of ``m``, virtual columns included.

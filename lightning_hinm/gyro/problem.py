@@ -188,9 +188,8 @@ def assign_vectors(
         kept = pattern.kept_of_run(columns)
         held = min(kept, columns)  # of the slots, those that hold real columns
         groups = held // m  # a group that virtual columns complete stays as it is
-        slots = index[:, start : start + count * kept].unflatten(1, (count, kept))[
-            :, :, :held
-        ]  # [T, runs, held], a view
+        own_slots = index[:, start : start + count * kept].unflatten(1, (count, kept))  # a view
+        slots = own_slots[:, :, :held]  # [T, runs, held]
         start += count * kept
         if not groups or not (pruned or groups > 1):
             continue

@@ -79,6 +79,7 @@ def prune(
         ValueError: for an entry that matches nothing, a model with nothing to prune, weights or a saliency that are
             negative or not finite, a parametrised weight, layers that cannot share an order; all offenders in one
             message, and nothing was changed.
+        TypeError: for a pattern that is none, or a number of heads that is no int from 1 up.
     """
     layers, skipped = find_layers(model, pattern, include=include, ignore=ignore, in_order=in_order, heads=heads)
     sets = find_sets(model, layers, skipped, shared_orders)

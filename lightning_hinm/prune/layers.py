@@ -153,7 +153,7 @@ def find_layers(
             continue
         seen[id(weight)] = name
         layers.append(layer)
-        rows, size = weight.shape[0] if kind != "hf_conv1d" else weight.shape[1], layer.pattern.vector_size
+        rows, size = len(layer.matrix), layer.pattern.vector_size
         if layer.heads > 1 and rows % (layer.parts * size):
             wrong.append(
                 f"heads: {name} has {rows} rows, which are no {layer.parts} equal parts of whole tiles of "

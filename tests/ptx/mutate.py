@@ -12,6 +12,13 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "a matrix that is not transposed": (r"(ldmatrix[^;]*?)\.trans\.", "{0}."),
     "a swizzle left out": (r"\txor\.b32 ([^,]*), ([^,]*), ([^;]*);", "\tmov.b32 {0}, {1};"),
     "a half that stays where it is": (r"\tshl\.b32\s+(%r\d+), (%r\d+), 16;", "\tmov.b32 {0}, {1};"),
+    "a bound that is loosened": (
+        r"(\tld\.param\.u32\s+(%r\d+), \[\w+_param_{bound}\];)",
+        "{0}\n\tadd.s32 {1}, {1}, 32;",
+    ),
+}
+# Those of blocks that share their input.
+CLUSTERED: dict[str, tuple[str, str]] = {
     "an mbarrier that is not waited for": (r"mbarrier\.try_wait\S* (\w+), [^;]*;", "setp.eq.u32 {0}, 0, 0;"),
     "an mbarrier of one arrival more": (r"(\tmbarrier\.init\S* \[%r\d+\], (%r\d+);)", "\tadd.u32 {1}, {1}, 1;\n{0}"),
     "mbarriers that the cluster may not know": (r"\tfence\.mbarrier_init[^;]*;", ""),
@@ -29,15 +36,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "a release that nobody hears of": (r"\tmbarrier\.arrive\.release\.cluster[^;]*;", ""),
     "a release to one block alone": (r"mapa\.shared::cluster\.u32 (%r\d+), (%r\d+), %r\d+;", "mov.u32 {0}, {1};"),
     "a copy that is not made": (r"\tcp\.async\.bulk[^;]*;", ""),
-    "a bound that is loosened": (
-        r"(\tld\.param\.u32\s+(%r\d+), \[\w+_param_{bound}\];)",
-        "{0}\n\tadd.s32 {1}, {1}, 32;",
-    ),
 }
-# Those of blocks that share their input.
-CLUSTERED = list(MISTAKES)[
-    list(MISTAKES).index("an mbarrier that is not waited for") : list(MISTAKES).index("a bound that is loosened")
-]
+MISTAKES |= CLUSTERED
 
 
 def entry_text(text: str, name: str) -> str:
