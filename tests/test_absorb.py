@@ -397,11 +397,32 @@ ABSORBED: dict[str, Case] = {
         restored=2,
     ),
     "values, but no weights": Case(
-        [nn.Linear(32, 32), mlp()[1], nn.Linear(32, 8)],
-        lambda x, a, b, c: b(attention(heads(x), heads(x), heads(a(x)), attn_mask=c(x)[:, None, :, :5])),
-        TOKENS,
+        [*mlp(), nn.Linear(32, 8)],
+        lambda x, a, b, c: b(attention(heads(x), heads(x), heads(a(x)), attn_mask=c(x)[:, None])),
+        torch.randn(3, 8, 32),
         restored=2,
         blocks={0: 4},
+    ),
+    "values, but no weights, by hand": Case(
+        [*mlp(), nn.Linear(32, 8)],
+        lambda x, a, b, c: b(merged(c(x)[:, None] @ heads(a(x)))),
+        torch.randn(3, 8, 32),
+        restored=2,
+        blocks={0: 4},
+    ),
+    "queries and keys of two orders": Case(
+        three(),
+        lambda x, a, b, c: b(attention(heads(a(x)), heads(c(x)), heads(x))),
+        TOKENS,
+        restored=2,
+        blocks={0: 4, 2: 4},
+    ),
+    "queries and keys of two orders, by hand": Case(
+        three(),
+        lambda x, a, b, c: b(by_hand_attention(heads(a(x)), heads(c(x)), heads(x))),
+        TOKENS,
+        restored=2,
+        blocks={0: 4, 2: 4},
     ),
     "queries and keys": Case(
         three(), lambda x, a, b, c: b(attention(heads(a(x)), heads(c(x)), heads(x))), TOKENS, 1, 0, (0, 2), {0: 4, 2: 4}
@@ -480,6 +501,14 @@ RESTORED: dict[str, Case] = {
     "heads": Case(mlp(), lambda x, a, b: b(a(x).view(3, 5, 8, 4).transpose(2, 3).reshape(3, 5, 32)), TOKENS),
     "heads, mixed": Case(
         mlp(), lambda x, a, b: b(a(x).view(3, 5, 4, 8).transpose(2, 3).reshape(3, 5, 32)), TOKENS, blocks={0: 4}
+    ),
+    "heads, tokens regrouped between them": Case(
+        mlp(),
+        lambda x, a, b: b(
+            a(x).view(3, 5, 4, 8).permute(0, 3, 1, 2).reshape(5, 8, 3, 4).permute(0, 2, 3, 1).reshape(5, 3, 32)
+        ),
+        TOKENS,
+        blocks={0: 4},
     ),
     "values in an order that mixes heads": Case(
         mlp(), lambda x, a, b: b(attention(heads(x), heads(x), heads(a(x)))), TOKENS

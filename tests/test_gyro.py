@@ -794,6 +794,16 @@ def test_the_scale_of_one_of_several_matrices_does_not_matter():
     assert torch.equal(one[0].layout.output_order, two[0].layout.output_order)
 
 
+@pytest.mark.parametrize("batch", [1, 6000])
+def test_blocks_that_are_searched_a_few_at_a_time_stay_in_their_runs(batch, monkeypatch):
+    saliency, pattern = torch.rand(40, 164, generator=seeded()) ** 4, HiNMPattern(8, window=16)  # ten runs, and a bit
+    base, whole = (search(saliency, pattern, method=method).retained for method in ("identity", "exchange"))
+    monkeypatch.setattr("lightning_hinm.gyro.problem.BATCH", batch)
+    found = search(saliency, pattern)
+    check_layout(found.layout, *saliency.shape)
+    assert found.retained == value(saliency, found.layout) > (base + 3 * whole) / 4
+
+
 def test_a_matrix_of_zeros_counts_nothing():
     (matrix,), pattern = alike(48), HiNMPattern(16)
     found = search_shared([torch.zeros(64, 32), matrix, torch.ones(64, 8)], [pattern] * 3)

@@ -74,9 +74,10 @@ def multiply_heads(walk: "Walk", node: fx.Node) -> Made:
     """Weights of an attention and its values, head by head; or queries and keys, which one order leaves alone."""
     left, right = argument(node, 0, "input"), argument(node, 1, "other")
     one, two = walk.heads.get(left), walk.heads.get(right)
-    if two is None or two.axis > -3 or left in walk.carried:
+    if two is None or two.axis > -3:
         return None
     if one is None:
+        walk.restore(node, left)
         return two if two.inner == -1 else None
     return () if (one.inner, two.inner) == (-1, -2) and _join(one, two) else None
 
