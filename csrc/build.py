@@ -70,13 +70,19 @@ def _kernel(name: str, cluster: dict[str, int]) -> str:
     return f"{name}_cluster" if cluster else name
 
 
-def _weight(dtype: str, x: str, out: str) -> list[dict[str, Any]]:
+def _packed(dtype: str) -> list[dict[str, Any]]:
     return [
-        _pointer("x", dtype, x),
         _pointer("values", dtype, "see packing"),
         _pointer("metadata", "uint32", "see packing"),
         _pointer("vector_index", "uint16", "see packing"),
         _pointer("rows", "int32", "see packing"),
+    ]
+
+
+def _weight(dtype: str, x: str, out: str) -> list[dict[str, Any]]:
+    return [
+        _pointer("x", dtype, x),
+        *_packed(dtype),
         _pointer("bias", dtype, "[output rows], or null", 2),
         _pointer("out", dtype, f"{out}; overlaps no input", 2),
     ]
@@ -161,6 +167,19 @@ def describe_entries() -> dict[str, dict[str, Any]]:
                 "grid": ["tiles", ["tokens", 128], "batch"],
                 "shared": {"bytes": 3 * (16384 + 72 * rows) + 8 * rows, "per": {"kept": 4}},
             }
+    entries["unpack"] = {
+        "kernel": "unpack",
+        "parameters": [
+            *_packed("16 bit"),
+            _pointer("out", "16 bit", "[output rows, pitch]; overlaps no input"),
+            *_numbers("packed_rows", "vector_size", "kept", "pitch"),
+        ],
+        "rules": "vector_size is a multiple of 32; pitch is a multiple of 8 and more than any column of vector_index; "
+        "packed_rows = tiles * vector_size; every row of out that rows names is written whole; pitch <= 1520 * 65535",
+        "block": 256,
+        "grid": [["packed_rows", 16], ["pitch", 1520], 1],
+        "shared": {"bytes": 0, "per": {}},
+    }
     entries["transpose"] = {
         "kernel": "transpose",
         "parameters": [

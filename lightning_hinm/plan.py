@@ -230,8 +230,10 @@ def predict(workload: Workload) -> dict[str, Choice]:
     if kernels.refusal(device) or refusal(workload.pattern, math.prod(workload.shape[1:]), workload.dtype):
         return {}
     gpu, call = cost.gpu_of(device), _call_of(workload)
-    choice = cost.choose_kernel(call, kernels.shared_limit(device), gpu)
-    return {} if choice is None else {"sparse": choice, "dense": cost.predict_dense(call, gpu)}
+    return {
+        "sparse": cost.choose_kernel(call, kernels.shared_limit(device), gpu),
+        "dense": cost.predict_dense(call, gpu),
+    }
 
 
 def _call_of(workload: Workload) -> cost.Call:
@@ -239,21 +241,15 @@ def _call_of(workload: Workload) -> cost.Call:
     if len(shape) == 2:
         storage = workload.feature_major, workload.feature_major_out
         return cost.Call(pattern, *shape, math.prod(workload.input_shape[:-1]), *storage)
-    *_, height, width = workload.input_shape
-    spatial = zip((height, width), shape[2:], workload.stride, workload.padding, workload.dilation, strict=True)
-    out = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in spatial]
-    images, numbers = math.prod(workload.input_shape[:-3]), math.prod(workload.input_shape)
-    pixels = plane = math.prod(out)
+    *batch, channels, height, width = workload.input_shape
+    images: Any = (math.prod(batch), channels, height, width)
+    spatial: Any = (shape[2:], workload.stride, workload.padding, workload.dilation)
+    axes = zip((height, width), *spatial, strict=True)
+    out = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in axes]
     pointwise = shape[2:] == (1, 1) and not any(workload.padding)
     if pointwise and workload.groups == 1 and workload.channels_last:  # a linear layer
-        return cost.Call(pattern, shape[0], shape[1], images * pixels)
-    shifted = 0
-    if not (pointwise and workload.stride == (1, 1) and pixels % cost.ALIGNED == 0):
-        shifted = 2 * shape[3] * numbers // workload.stride[1]
-        plane = out[0] * -(-out[1] // cost.ALIGNED) * cost.ALIGNED
-    tokens = images * -(-plane // cost.GATHER_TOKENS) * cost.GATHER_TOKENS  # a block takes pixels of one image
-    planes = cost.Planes(numbers, images * pixels, shifted)
-    return cost.Call(pattern, shape[0], math.prod(shape[1:]), tokens, planes=planes)
+        return cost.Call(pattern, shape[0], shape[1], images[0] * math.prod(out))
+    return cost.convolution_call(pattern, shape[0], math.prod(shape[1:]), images, (out[0], out[1]), *spatial)
 
 
 def _milliseconds(seconds: float | None) -> str:

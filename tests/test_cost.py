@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_hinm import HiNMPattern, kernels
 from lightning_hinm.ops import cost
-from lightning_hinm.ops.cost import Call, Planes, choose_kernel, list_kernels, predict_dense
+from lightning_hinm.ops.cost import Call, Planes, choose_kernel, convolution_call, list_kernels, predict_dense
 from lightning_hinm.ops.figures import GPUS, estimate
 from lightning_hinm.ops.fragments import padded_kept
 
@@ -29,11 +29,14 @@ CALLS = st.builds(
     tokens=st.integers(1, 20000),
     feature_major=st.booleans(),
     feature_major_out=st.booleans(),
+    activated=st.booleans(),
 )
 
 
 def kernels_of(call: Call, limit: int = LIMIT) -> list[str]:
-    return [f"{choice.kernel}_{choice.tokens}" for choice in list_kernels(call, limit, H100)]
+    dense, *found = list_kernels(call, limit, H100)
+    assert dense.kernel == "unpack", "a dense product takes every call"
+    return [f"{choice.kernel}_{choice.tokens}" for choice in found]
 
 
 @given(CALLS)
@@ -48,7 +51,7 @@ def test_the_choice_is_the_least_of_those_that_fit(call: Call) -> None:
     fitting = list_kernels(call, LIMIT, H100)
     assert all(choice.shared <= LIMIT for choice in fitting)
     chosen = choose_kernel(call, LIMIT, H100)
-    assert chosen == min(fitting, key=lambda choice: choice.seconds, default=None)
+    assert chosen == min(fitting, key=lambda choice: choice.seconds)
 
 
 @given(CALLS)
@@ -93,7 +96,7 @@ def test_a_convolution_is_for_the_gather_kernel() -> None:
     call = Call(HiNMPattern(), 64, 576, 3136, planes=Planes(64 * 3136, 3136, 0))
     assert kernels_of(call) == ["gather_128"]
     few, many = (replace(call, planes=replace(call.planes, shifted=shifted)) for shifted in (0, 10**9))  # type: ignore[type-var]
-    assert list_kernels(few, LIMIT, H100)[0].seconds < list_kernels(many, LIMIT, H100)[0].seconds
+    assert list_kernels(few, LIMIT, H100)[1].seconds < list_kernels(many, LIMIT, H100)[1].seconds
 
 
 def test_a_convolution_reads_its_images_once_and_computes_its_pixels_only() -> None:
@@ -102,11 +105,48 @@ def test_a_convolution_reads_its_images_once_and_computes_its_pixels_only() -> N
     slow = replace(H100, memory=1.0)
     assert predict_dense(call, slow).seconds == 2 * (64 * 576 + images + 64 * pixels)
     assert predict_dense(call, replace(H100, dense=1.0)).seconds == 2 * 64 * 576 * pixels
-    (sparse,) = list_kernels(call, LIMIT, slow)
+    _, sparse = list_kernels(call, LIMIT, slow)
     weight = 64 * padded_kept(call.pattern, 576) * 9 // 8 + padded_kept(call.pattern, 576) * 2
     assert sparse.seconds == weight + 2 * (images + 64 * pixels)
-    (planes,) = list_kernels(replace(call, planes=Planes(images, pixels, 1000)), LIMIT, slow)
+    _, planes = list_kernels(replace(call, planes=Planes(images, pixels, 1000)), LIMIT, slow)
     assert planes.seconds == pytest.approx(sparse.seconds + 2 * 1000, rel=1e-9)  # written, and read again
+
+
+def test_a_dense_product_pays_for_the_weight_that_it_unpacks_and_for_the_activation_behind_it() -> None:
+    call, slow = Call(HiNMPattern(64, 0.5), 256, 515, 40), replace(H100, memory=1.0)
+    packed = 256 * padded_kept(call.pattern, 515) * 9 // 8 + 4 * padded_kept(call.pattern, 515) * 2
+    unpacked = packed + 2 * 256 * 520  # read, and written in whole copies of 16 bytes
+    for each, behind in ((call, 0), (replace(call, activated=True), 4 * 40 * 256)):
+        dense = list_kernels(each, LIMIT, slow)[0]
+        assert dense.seconds == unpacked + predict_dense(call, slow).seconds + behind
+        assert dense.roof == "memory"
+
+
+def test_each_call_of_a_layer_takes_what_should_be_fastest_for_its_tokens() -> None:
+    """Where gathering for tiles of 32 rows costs more than tensor cores win, many tokens are for the dense product."""
+    call = Call(HiNMPattern(32, 0.5, window=None), 4096, 4096, 1)
+    found = [choose_kernel(replace(call, tokens=tokens), LIMIT, H100).kernel for tokens in (1, 16, 8192)]
+    assert found == ["decode", "decode_cluster", "unpack"]
+
+
+def test_a_tie_is_for_the_dense_product() -> None:
+    call = convolution_call(HiNMPattern(32, 0.5), 64, 36, (1, 4, 8, 8), (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
+    dense, gather = list_kernels(call, LIMIT, H100)
+    assert dense.seconds == gather.seconds == 2 * H100.launch, "to unpack and to multiply, or planes and gather"
+    assert choose_kernel(call, LIMIT, H100) == dense
+    assert choose_kernel(replace(call, activated=True), LIMIT, H100) == gather
+
+
+def test_an_image_beyond_the_counts_of_the_gather_kernel_is_for_the_dense_product() -> None:
+    pattern, spatial = HiNMPattern(32, 0.5), ((3, 3), (1, 1), (1, 1), (1, 1))
+    pointwise = ((1, 1), (1, 1), (0, 0), (1, 1))
+    for side, taken in ((2000, True), (3000, False)):  # more than 65535 blocks of 128 pixels
+        found = kernels_of(convolution_call(pattern, 64, 36, (1, 4, side, side), (side, side), *spatial))
+        assert (found == ["gather_128"]) == taken
+    for channels, taken in ((100, True), (400, False)):  # more than 2 ** 31 numbers of an image
+        images = (1, channels, 2400, 2400)
+        found = kernels_of(convolution_call(pattern, 64, channels, images, (2400, 2400), *pointwise))
+        assert (found == ["gather_128"]) == taken
 
 
 @pytest.mark.parametrize("vector_size", [32, 64, 128])
@@ -122,7 +162,9 @@ def test_shared_memory_is_what_the_manifest_says(vector_size: int) -> None:
         "gather": (f"gather_f16_{height}", {"kept": kept}),
     }
     static = {"decode": 1152}  # a token's partial sums
-    choices = list_kernels(call, 10**9, H100)
+    unpacked, *choices = list_kernels(call, 10**9, H100)
+    assert unpacked.shared == MANIFEST["entries"]["unpack"]["resources"]["sm_90"]["shared"]
+    assert MANIFEST["entries"]["unpack"]["grid"][1] == ["pitch", cost.UNPACKED_COLUMNS]
     assert {choice.kernel for choice in choices} == entries.keys()
     for choice in choices:
         name, sizes = entries[choice.kernel]
@@ -181,7 +223,6 @@ def test_blocks_that_only_fill_up_a_cluster_take_the_place_of_others() -> None:
 
 def test_where_sharing_gains_nothing_the_other_kernel_is_chosen() -> None:
     chosen = choose_kernel(Call(HiNMPattern(64, 0.75), 64, 64, 3), LIMIT, H100)
-    assert chosen is not None
     assert (chosen.kernel, chosen.roof) == ("decode", "launch")
 
 

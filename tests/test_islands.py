@@ -118,14 +118,3 @@ def test_on_a_gpu_islands_are_where_the_predicted_time_falls(gain: float, layers
                 feature_major_islands_pass(gm)
             assert storages(gm) == [gain > 0] * (layers - 1) + [False]
             torch.testing.assert_close(gm(*inputs)[0], expected, rtol=2e-3, atol=2e-3)
-
-
-def test_an_island_of_which_no_kernel_takes_a_layer_stays_in_rows() -> None:
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).half().eval()
-    prune(model, HiNMPattern(32), method="identity")
-    with emulated():
-        gm, inputs = capture(model, torch.randn(16, 64).half())
-        sparsify_layers_pass(gm, packed_by_name(gm, inputs, *model))
-        with mock.patch.object(cost, "choose_kernel", return_value=None):
-            feature_major_islands_pass(gm)
-    assert storages(gm) == [False, False]

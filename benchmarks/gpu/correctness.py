@@ -18,7 +18,7 @@ from lightning_hinm import HiNMPattern, kernels, unpack
 from lightning_hinm.format import random_weight
 from lightning_hinm.ops import cost, gpu, hinm_conv2d, hinm_linear
 from lightning_hinm.ops.fragments import tile_rows
-from lightning_hinm.ops.operands import ACTIVATIONS, LinearOperands, activate
+from lightning_hinm.ops.operands import ACTIVATIONS, LinearOperands, activate_
 
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 MOST_FAILURES = 20  # after so many, the rest would say nothing new
@@ -202,7 +202,7 @@ class Checker:
                 activation, order, biased = self._turn(entry, dtype)
                 own = weights[order][0]._replace(bias=here_bias if biased else None, activation=activation)
                 name = f"{matrix}, {n} tokens, {dtype}, {entry}, {activation}, {order}"
-                expected = activate(exact[order] + bias.double() if biased else exact[order], activation)
+                expected = activate_(exact[order] + (bias.double() if biased else 0.0), activation)
                 stored = _feature_major(here) if features else here
                 found, again = (self._run(stored, own, choice).to(self.home) for _ in range(2))
                 self.findings.compare(name, found, expected)
@@ -228,7 +228,7 @@ class Checker:
         for activation, (form, images) in zip(itertools.cycle(ACTIVATIONS), forms.items(), strict=False):
             before = sum(self.findings.launched.values())
             found = hinm_conv2d(images, *operands._replace(activation=activation))
-            expected = activate(exact[0] if form == "one image" else exact, activation)
+            expected = activate_(exact[0 if form == "one image" else ...].clone(), activation)
             self.findings.compare(f"{image}, {dtype}, {form}, {activation}", found, expected)
             ran = sum(self.findings.launched.values()) > before
             self.findings.expect(f"{image}: no kernel ran", ran)
@@ -337,7 +337,7 @@ def entry_of(choice: cost.Choice, pattern: HiNMPattern, dtype: torch.dtype, *, f
         return f"{choice.kernel}_{short}_{choice.tokens}"
     if choice.kernel.startswith("windowed"):
         return f"{choice.kernel}_{short}_{min(height, 64)}_{choice.tokens}" + ("_features" if features else "")
-    return f"gather_{short}_{height}"
+    return "unpack" if choice.kernel == "unpack" else f"gather_{short}_{height}"
 
 
 def _feature_major(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 ``python -m benchmarks.gpu --expect`` prints what estimates expect of the goals; that needs no GPU.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ MANY = {"row": {0.75: 1.2, 0.875: 1.9}, "feature": {0.75: 1.5, 0.875: 2.5}}
 # A kernel reads its columns through an index in any case, so their order should cost nothing. Two medians of one thing
 # differ by about this much, for the clock and the temperature of a GPU move; bank conflicts or misses would cost more.
 ANY_ORDER = 0.98
+OWN = re.compile(r"(decode|windowed|gather).*_\d+|unpack")  # paths that the planner chooses between
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def regret_of(case: Record, *, remeasured: bool = False) -> float | None:
         remeasured: with the figures that this machine measured of itself.
     """
     found = {entry["path"]: seconds_of(case, entry["path"]) for entry in case.get("times", ())
-             if entry["input"] == "row" and "_" in entry["path"] and "cusparselt" not in entry["path"]}  # fmt: skip
+             if entry["input"] == "row" and OWN.fullmatch(entry["path"])}  # fmt: skip
     times = {path: seconds for path, seconds in found.items() if seconds is not None}
     path = case.get("chosen", {}).get("row")
     if remeasured:
@@ -162,9 +164,8 @@ def expect(cases: Iterable[Case], figures: cost.Gpu, shared_limit: int) -> list[
         for storage in ("row", "feature"):
             stored = cost.Call(call.pattern, call.rows, call.in_features, call.tokens, storage == "feature")
             best = cost.choose_kernel(stored, shared_limit, figures)
-            if best is not None:
-                chosen[storage] = path_of(best)
-                times.append(asdict(Key(path_of(best), storage, "tile")) | {"seconds": best.seconds, "roof": best.roof})
+            chosen[storage] = path_of(best)
+            times.append(asdict(Key(path_of(best), storage, "tile")) | {"seconds": best.seconds, "roof": best.roof})
         records.append(record | {"times": times, "chosen": chosen})
     return records
 

@@ -113,7 +113,7 @@ class Rates:
         packed = random_weight((32, 64), HiNMPattern(32, 0.5), torch.bfloat16, self.generator)
         operands, x = linear_operands(packed), self._randn(1, 64)
         out, dense = x.new_empty(1, 32), self._randn(32, 64)
-        choice = cost.list_kernels(self._call(operands, x), self.machine.shared_limit, self.machine.gpu)[0]
+        choice = cost.choose_kernel(self._call(operands, x), self.machine.shared_limit, self.machine.gpu)
         calls: dict[str, Call] = {
             "op": partial(hinm_linear, x, *operands),
             "kernel": partial(gpu.run_linear, x, out, operands, choice),

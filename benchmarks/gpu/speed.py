@@ -162,20 +162,21 @@ class Speed:
                 if storage == "feature" and "identity" in variant:
                     continue  # the kernels read columns by the same index, and rows show it
                 for choice in cost.list_kernels(calls[storage], *figures):
+                    if choice.kernel == "unpack" and variant != VARIANTS[0]:
+                        continue  # neither order reaches the product
                     key = Key(path_of(choice), storage, *variant)
                     runs = [partial(gpu.run_linear, tokens, out, operands, choice) for operands in copies[variant]]
                     contenders.append(Contender(key, runs, expected, out, choice.seconds))
                 if variant == VARIANTS[0]:
                     ops = [partial(hinm_linear, tokens, *operands) for operands in copies[variant]]
                     best = chosen[storage]
-                    seconds = best.seconds if best else None
-                    contenders.append(Contender(Key("op", storage), ops, expected, predicted=seconds, eager=True))
+                    contenders.append(Contender(Key("op", storage), ops, expected, predicted=best.seconds, eager=True))
             if variant == VARIANTS[0]:
                 contenders += self._bare_gather(feature, copies[variant], expected)
 
-        facts: Record = {"chosen": {storage: choice and path_of(choice) for storage, choice in chosen.items()}}
-        facts["predicted"] = {storage: choice and choice.seconds for storage, choice in chosen.items()}
-        facts["roof"] = {storage: choice and choice.roof for storage, choice in chosen.items()}
+        facts: Record = {"chosen": {storage: path_of(choice) for storage, choice in chosen.items()}}
+        facts["predicted"] = {storage: choice.seconds for storage, choice in chosen.items()}
+        facts["roof"] = {storage: choice.roof for storage, choice in chosen.items()}
         facts["predicted_dense"] = dense
         facts |= self._decide(Workload((layer.rows, layer.columns), case.pattern, tuple(x.shape), *self.kind))
         if self.measured:
@@ -255,8 +256,8 @@ def copy_weight(operands: Any) -> Any:
 
 
 def path_of(choice: cost.Choice) -> str:
-    """The name of a kernel and the tokens of its blocks."""
-    return f"{choice.kernel}_{choice.tokens}"
+    """The name of a kernel and the tokens of its blocks; ``"unpack"`` has none."""
+    return f"{choice.kernel}_{choice.tokens}" if choice.tokens else choice.kernel
 
 
 def run_cases(

@@ -3,19 +3,24 @@
 Shapes: O rows, I columns, N tokens, T tiles of V rows, K kept vectors of a tile, padded.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 from lightning_hinm.ops.figures import Gpu, gpu_of
 from lightning_hinm.ops.fragments import padded_kept, tile_rows
 from lightning_hinm.pattern import HiNMPattern
 
-__all__ = ["Call", "Choice", "Gpu", "choose_kernel", "gpu_of", "list_kernels", "predict_dense"]
+__all__ = ["Call", "Choice", "Gpu", "choose_kernel", "convolution_call", "gpu_of", "list_kernels", "predict_dense"]
 
 DECODE_TOKENS = 32  # beyond, the weight would be read more than twice
 WINDOWED_OUT = 33280  # bytes of shared memory through which the windowed kernel writes
 DECODE_ROWS, WINDOWED_ROWS, GATHER_TOKENS = 32, 256, 128
+UNPACKED_COLUMNS, UNPACKED_SHARED = 1520, 48896
+MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
+MOST_BLOCKS = 65535  # along y and z of a grid
 CLUSTERED_CHUNK = 256  # columns of each of two buffers
 CLUSTER = 4  # blocks that share their input, in the kernels that do
 # By kernel, bytes of shared memory for the mbarriers by which they wait for it, with what aligns the rest.
@@ -34,11 +39,13 @@ class Planes:
         numbers: of all images that come in.
         pixels: of all that come out, without what pads the kernel's tokens.
         shifted: bytes of the shifted planes that are made of them, 0 where the images are read as they lie.
+        gathered: whether the gather kernel can count the pixels of an image.
     """
 
     numbers: int
     pixels: int
     shifted: int
+    gathered: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Call:
         feature_major: whether a linear layer's input lies so.
         feature_major_out: whether its result shall.
         planes: of a convolution; None: linear.
+        activated: whether an activation follows, which BLAS leaves to a kernel of its own.
     """
 
     pattern: HiNMPattern
@@ -62,6 +70,7 @@ class Call:
     feature_major: bool = False
     feature_major_out: bool = False
     planes: Planes | None = field(default=None, kw_only=True)
+    activated: bool = field(default=False, kw_only=True)
 
     @property
     def outputs(self) -> int:
@@ -80,7 +89,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel, the tokens and shared memory of a block, and the prediction: its seconds, and the roof that binds."""
+    """A kernel, the tokens and shared memory of a block, and the prediction: its seconds, and the roof that binds.
+
+    ``"unpack"`` stands for the dense product: the weight is unpacked at each call, for BLAS.
+    """
 
     kernel: str
     tokens: int
@@ -89,19 +101,69 @@ class Choice:
     roof: str
 
 
-def choose_kernel(call: Call, shared_limit: int, gpu: Gpu) -> Choice | None:
-    """The kernel that should be fastest; None if none takes the call.
+class PlanesSize(NamedTuple):
+    """The shifted planes of an image (planes.cu): how many of a channel for each column of the kernel, and of what."""
+
+    phases: int
+    height: int
+    pitch: int
+
+
+def planes_size(
+    height: int, wide: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> PlanesSize:  # fmt: skip
+    """Of an image of that height, of which the output is so wide: with a stride, as many phases as the kernel meets."""
+    phases = min(stride[0], (kernel[0] - 1) * dilation[0] + 1)
+    return PlanesSize(phases, -(-(height + 2 * padding[0]) // stride[0]), -(-wide // ALIGNED) * ALIGNED)
+
+
+def convolution_call(
+    pattern: HiNMPattern, rows: int, in_features: int, images: tuple[int, int, int, int], size: tuple[int, int],
+    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
+    *, activated: bool = False,
+) -> Call:  # fmt: skip
+    """One call of a packed convolution.
+
+    Args:
+        pattern: of the weight.
+        rows: of the weight.
+        in_features: columns of the weight, ``C / groups * kh * kw``.
+        images: ``B, C, H, W``.
+        size: height and width of the output.
+        kernel: height and width, and so on, as for ``F.conv2d``.
+        stride: likewise.
+        padding: likewise.
+        dilation: likewise.
+        activated: whether an activation follows.
+    """
+    batch, channels, height, _ = images
+    high, wide = size
+    pixels = plane = high * wide
+    shifted, gathered = 0, channels * pixels < MOST_NUMBERS
+    if not (kernel == stride == (1, 1) and padding == (0, 0) and pixels % ALIGNED == 0):
+        planes = planes_size(height, wide, kernel, stride, padding, dilation)
+        numbers = kernel[1] * planes.phases * channels * planes.height * planes.pitch
+        plane, shifted, gathered = high * planes.pitch, 2 * batch * numbers, numbers < MOST_NUMBERS
+    gathered = gathered and plane <= MOST_BLOCKS * GATHER_TOKENS
+    tokens = batch * -(-plane // GATHER_TOKENS) * GATHER_TOKENS  # a block takes pixels of one image
+    moved = Planes(math.prod(images), batch * pixels, shifted, gathered)
+    return Call(pattern, rows, in_features, tokens, planes=moved, activated=activated)
+
+
+def choose_kernel(call: Call, shared_limit: int, gpu: Gpu) -> Choice:
+    """The kernel that should be fastest, or ``"unpack"``; of several that should be, the first in the list.
 
     Args:
         call: what is computed.
         shared_limit: bytes of shared memory that a block can have.
         gpu: what bounds it.
     """
-    return min(list_kernels(call, shared_limit, gpu), key=lambda choice: choice.seconds, default=None)
+    return min(list_kernels(call, shared_limit, gpu), key=lambda choice: choice.seconds)
 
 
 def list_kernels(call: Call, shared_limit: int, gpu: Gpu) -> list[Choice]:
-    """Every kernel that takes the call."""
+    """The dense product, and every kernel that takes the call."""
     return [choice for choice in _choices(call, gpu) if choice.shared <= shared_limit]
 
 
@@ -121,6 +183,15 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
     rows = -(-call.rows // pattern.vector_size) * pattern.vector_size
     kept = padded_kept(pattern, call.in_features)
     weight = rows * kept * 2 * 9 // 16 + rows // height * kept * 2  # half of the numbers, their metadata, the index
+
+    unpacked = {
+        "memory": (weight + 2 * call.rows * columns) / gpu.memory,
+        "L2": (-(-columns // UNPACKED_COLUMNS) * weight + 2 * call.rows * columns) / gpu.l2,
+    }
+    activated = max(4 * call.outputs * call.rows / gpu.memory, gpu.launch) if call.activated else 0.0
+    dense = predict_dense(call, gpu)
+    seconds = _tightest(unpacked, gpu)[0] + dense.seconds + activated
+    yield Choice("unpack", 0, UNPACKED_SHARED, seconds, dense.roof)
 
     def predict(
         kernel: str, tokens: int, high: int, shared: int, read: int, extra: tuple[int, int], rate: float = 1.0,
@@ -173,6 +244,8 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
         turns = [turned for turned, lies_so in ways if not lies_so]
         extra = (sum(turns), len(turns))
+    elif not call.planes.gathered:
+        return
     else:
         extra = (2 * call.planes.shifted, 1 if call.planes.shifted else 0)
     shared = gather_shared(height, kept)

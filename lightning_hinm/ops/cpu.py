@@ -13,7 +13,7 @@ from lightning_hinm.ops.operands import (
     Conv2dOperands,
     LinearOperands,
     Operands,
-    activate,
+    activate_,
     columns_of_x,
     new_images,
     restored_rows,
@@ -44,7 +44,7 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
         turns = n > 1 and (token != 1 or columns.numel() > operands.in_features)
         sizes = (operands.in_features, 1, n, 0, token, column, 0, out.stride(0), out.stride(1), n, n, turns)
         _launch(tokens, columns, out, operands, sizes)
-    return activate(out.reshape(*x.shape[:-1], rows), operands.activation)
+    return activate_(out.reshape(*x.shape[:-1], rows), operands.activation)
 
 
 def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor:
@@ -59,7 +59,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
         _launch(
             planes, starts, out, operands, (planes.shape[1] - run + 1, len(out), run, *strides, pitch, width, False)
         )
-    return activate(new, operands.activation)
+    return activate_(new, operands.activation)
 
 
 def _launch(x: Tensor, columns: Tensor, out: Tensor, operands: Operands, sizes: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The ops from fragments: which kernel runs, on what storage, with which arguments.
+"""The ops from fragments: which kernel runs, or BLAS, on what storage, with which arguments.
 
 A kernel trusts the numbers in its index tensors. They are checked once, when the fragments are made: what is written
 into them afterwards could only be seen by waiting for the GPU at each call, and is an access out of bounds.
@@ -14,29 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hinm import kernels
-from lightning_hinm.ops import cost, product
-from lightning_hinm.ops.cost import ALIGNED, Call, Choice
-from lightning_hinm.ops.fragments import Fragments, kept_of_runs, refusal, sizes
+from lightning_hinm.ops import cost
+from lightning_hinm.ops.cost import ALIGNED, MOST_BLOCKS, MOST_NUMBERS, Call, Choice
+from lightning_hinm.ops.fragments import DTYPES, Fragments, kept_of_runs, refusal, sizes
 from lightning_hinm.ops.operands import (
     ACTIVATIONS,
     EXPANDED,
     Conv2dOperands,
     LinearOperands,
     Operands,
+    activate_,
     groups_of,
     is_channels_last,
     new_images,
     pattern_of,
-    warn_once,
 )
 from lightning_hinm.pattern import HiNMPattern
 
 SHORT = {torch.float16: "f16", torch.bfloat16: "bf16"}
 EXPANSION = slice(LinearOperands._fields.index(EXPANDED[0]), LinearOperands._fields.index(EXPANDED[-1]) + 1)
-PATTERN = slice(LinearOperands._fields.index("vector_size"), LinearOperands._fields.index("window") + 1)
 ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
-MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
-MOST_BLOCKS = 65535  # along y and z of a grid
 MOST_TOKENS = MOST_BLOCKS * 64  # 64 is what the least of blocks takes
 PLANES_BYTES = 1 << 28  # of shifted planes at a time
 
@@ -49,26 +46,32 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
     if not out.numel():
         return out.reshape(*x.shape[:-1], rows)
     sizes = (rows, operands.in_features, n, _is_feature_major(tokens), turned)
-    choice = choose(x.device, operands[PATTERN], *sizes)
-    if choice is None:
-        call = Call(pattern_of(operands), *sizes)
-        warn_once(f"hinm::linear: no kernel has the shared memory for {call}. It gathers for a dense product.")
-        return product.linear(x, operands)
+    choice = choose(x.device, _pattern_fields(operands), sizes, operands.activation != "none")
     run_linear(tokens, out, operands, choice)
     return out.reshape(*x.shape[:-1], rows)
 
 
 @functools.lru_cache(maxsize=4096)  # on what is cheap to hash: it stands before every launch
-def choose(
-    device: torch.device, fields: tuple[Any, ...], rows: int, in_features: int, tokens: int, *storage: bool
-) -> Choice | None:
-    """The kernel for a call of a linear layer, given the fields of its pattern; None if none takes it."""
-    call = Call(HiNMPattern(*fields), rows, in_features, tokens, *storage)
+def choose(device: torch.device, fields: tuple[Any, ...], sizes: tuple[Any, ...], activated: bool) -> Choice:
+    """The kernel for a call of a linear layer, given the fields of its pattern and of the call."""
+    _expected(DTYPES[0], fields, *sizes[:2])  # refuses a pattern that no kernel runs
+    call = Call(HiNMPattern(*fields), *sizes, activated=activated)
+    return cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_for_images(device: torch.device, fields: tuple[Any, ...], sizes: tuple[Any, ...], activated: bool) -> Choice:
+    """The same for a call of a convolution."""
+    _expected(DTYPES[0], fields, *sizes[:2])
+    call = cost.convolution_call(HiNMPattern(*fields), *sizes, activated=activated)
     return cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device))
 
 
 def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
     """One call on the kernel that was chosen: ``[N, I]`` -> ``out``, ``[N, O]``, in rows or feature-major."""
+    if choice.kernel == "unpack":
+        _multiply_unpacked(tokens, out, operands)
+        return
     run = {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel.removesuffix("_cluster")]
     for first in range(0, len(tokens), MOST_TOKENS):
         part = out[first : first + MOST_TOKENS]
@@ -76,6 +79,25 @@ def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Ch
         run(tokens[first : first + MOST_TOKENS], in_rows, operands, choice)
         if in_rows is not part:
             _turn(in_rows, part.t())
+
+
+def _multiply_unpacked(tokens: Tensor, out: Tensor, operands: LinearOperands) -> None:
+    weight, bias = _unpack(operands), operands.bias
+    x, w, out_ = (tokens, weight.t(), out) if out.stride(1) == 1 else (weight, tokens.t(), out.t())
+    if bias is None:
+        torch.mm(x, w, out=out_)
+    else:
+        torch.addmm(bias if out_ is out else bias[:, None], x, w, out=out_)
+    activate_(out, operands.activation)
+
+
+def _unpack(operands: Operands) -> Tensor:
+    """The dense weight, ``[O, I]``, its rows aligned to copies of 16 bytes."""
+    weight, in_features = _fragments(operands), _in_features(operands)
+    pitch = -(-in_features // ALIGNED) * ALIGNED
+    dense = weight.values.new_empty(operands.output_order.shape[0], pitch)
+    kernels.launch("unpack", *weight, dense, len(weight.rows), weight.tile_rows, weight.kept, pitch)
+    return dense[:, :in_features]
 
 
 def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
@@ -130,19 +152,19 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     """``hinm::conv2d`` from fragments: ``[B, C, H, W]`` -> ``[B, O, *size]``, or both without B."""
     images = x.reshape(-1, *x.shape[-3:])
     rows, (high, wide) = operands.output_order.shape[0], size
+    spatial = _spatial(operands)
+    sizes = (rows, _in_features(operands), tuple(images.shape), size, *spatial)
+    choice = choose_for_images(x.device, _pattern_fields(operands), sizes, operands.activation != "none")
+    kernel, stride, padding, dilation = spatial
+    if choice.kernel == "unpack":
+        dense = _unpack(operands).reshape(rows, -1, *kernel)
+        found = F.conv2d(x, dense, operands.bias, stride, padding, dilation, operands.groups)
+        new = new_images(x, rows, high, wide)  # where sizes are 1, the two may take the images for others
+        return activate_(found if found.stride() == new.stride() else new.copy_(found), operands.activation)
     out = images.new_empty(len(images), rows, high, wide)
-    # One channel of the planes, in whole rows (planes.cu); with a stride, as many phases as the kernel meets.
-    pitch = -(-wide // ALIGNED) * ALIGNED
-    phases = min(operands.stride_height, (operands.kernel_height - 1) * operands.dilation_height + 1)
-    plane_height = -(-(x.shape[-2] + 2 * operands.padding_height) // operands.stride_height)
+    phases, plane_height, pitch = cost.planes_size(images.shape[2], wide, *spatial)
     plane = plane_height * pitch
-    numbers = operands.kernel_width * phases * operands.in_channels * plane
-    weight = _fragments(operands)
-    shared = cost.gather_shared(weight.tile_rows, weight.kept)
-    too_large = numbers >= MOST_NUMBERS or high * pitch > MOST_BLOCKS * cost.GATHER_TOKENS
-    if too_large or shared > kernels.shared_limit(x.device):
-        warn_once(f"hinm::conv2d: no kernel takes images of {list(x.shape)} here. It gathers for a dense product.")
-        return product.conv2d(x, operands, size)
+    numbers = kernel[1] * phases * operands.in_channels * plane
     direct = _is_read_as_it_lies(images, operands)
     step = MOST_BLOCKS if direct else min(max(PLANES_BYTES // (2 * numbers), 1), MOST_BLOCKS)
     for first in range(0, len(out) if out.numel() else 0, step):
@@ -152,11 +174,10 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
             _launch_gather(matrix, out_part, operands, Image(high * wide, high * wide, part.shape[1]))
             continue
         shifted = x.new_empty(len(part), numbers)
-        spatial = (operands.stride_height, operands.stride_width, operands.padding_height, operands.padding_width)
         image = (numbers // 8, *part.shape, phases, plane_height, pitch)
-        kernels.launch("planes", part, shifted, *image, *spatial, operands.dilation_width)
-        kernel = (operands.kernel_height, operands.kernel_width, operands.stride_height, operands.dilation_height)
-        image_of_planes = Image(high * pitch, plane, part.shape[1], pitch, wide, kernel)
+        kernels.launch("planes", part, shifted, *image, *stride, *padding, dilation[1])
+        down = (*kernel, stride[0], dilation[0])
+        image_of_planes = Image(high * pitch, plane, part.shape[1], pitch, wide, down)
         _launch_gather(shifted, out_part, operands, image_of_planes)
     out = out.reshape(*x.shape[:-3], *out.shape[1:])
     return new_images(x, *out.shape[-3:]).copy_(out) if is_channels_last(x) else out
@@ -220,17 +241,32 @@ def _bias(operands: Operands) -> Tensor | None:
     return None if operands.bias is None else operands.bias.contiguous()
 
 
+def _spatial(operands: Conv2dOperands) -> tuple[tuple[int, int], ...]:
+    """Kernel, stride, padding and dilation, each of height and width."""
+    return tuple(
+        (getattr(operands, f"{name}_height"), getattr(operands, f"{name}_width"))
+        for name in ("kernel", "stride", "padding", "dilation")
+    )
+
+
+def _pattern_fields(operands: Operands) -> tuple[Any, ...]:
+    return operands.vector_size, operands.vector_sparsity, operands.n, operands.m, operands.window
+
+
+def _in_features(operands: Operands) -> int:
+    """I: columns of the weight, of one group."""
+    if isinstance(operands, LinearOperands):
+        return operands.in_features
+    return operands.in_channels // operands.groups * operands.kernel_height * operands.kernel_width
+
+
 def _fragments(operands: Operands) -> Fragments:
     """They are passed as the weight's expansion, and whole. A kernel trusts their sizes, so these are checked."""
     weight: Any = operands[EXPANSION]
     values, metadata, index, rows = weight
-    if isinstance(operands, LinearOperands):
-        in_features = operands.in_features
-    else:
-        in_features = operands.in_channels // operands.groups * operands.kernel_height * operands.kernel_width
-    fields = (operands.vector_size, operands.vector_sparsity, operands.n, operands.m, operands.window)
+    fields = _pattern_fields(operands)
     dtype = operands.values.dtype if values is None else values.dtype  # which autocast may have cast
-    expected = _expected(dtype, fields, operands.output_order.shape[0], in_features)
+    expected = _expected(dtype, fields, operands.output_order.shape[0], _in_features(operands))
     # In one expression, because it stands before every launch, which in turn checks that all are on one device.
     if (
         values is None

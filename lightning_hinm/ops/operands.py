@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
@@ -23,13 +22,13 @@ from lightning_hinm.pattern import HiNMPattern
 
 TENSORS = 9  # of an op's operands, all but ``x``; its numbers follow
 EXPANDED = ("expansion", "expansion_metadata", "columns", "restore")
-# What an op can do to its result. A kernel knows them by their place.
+# What an op can do to its result, in place. A kernel knows them by their place here.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu_.default, approximate="tanh"),
+    "silu": torch.ops.aten.silu_.default,
 }
 
 
@@ -167,8 +166,8 @@ def pattern_of(operands: Operands) -> HiNMPattern:
 _pattern = functools.lru_cache(maxsize=64)(HiNMPattern)
 
 
-def activate(out: Tensor, activation: str) -> Tensor:
-    """``out`` through the function of that name."""
+def activate_(out: Tensor, activation: str) -> Tensor:
+    """``out`` through the function of that name, in place: it was computed for this alone."""
     function = ACTIVATIONS[activation]
     return out if function is None else function(out)
 

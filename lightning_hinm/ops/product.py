@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_hinm.ops.operands import (
     Conv2dOperands,
     LinearOperands,
-    activate,
+    activate_,
     columns_of_x,
     new_images,
     restored_rows,
@@ -42,7 +42,7 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
         product = _product_of_rows(expansion, tokens[first : first + step], columns)  # [T * V, n]
         product = product.index_select(0, restore) if restore.numel() else product[:rows]
         _write(product, bias, out[first : first + step].t())
-    return activate(out.reshape(*x.shape[:-1], rows), operands.activation)
+    return activate_(out.reshape(*x.shape[:-1], rows), operands.activation)
 
 
 def linear_grad(grad: Tensor, operands: LinearOperands) -> Tensor:
@@ -75,7 +75,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
             product = product.index_select(0, restore) if restore.numel() else product[:rows]
             strides = (run, len(some) * run, pitch, 1)
             _write(product.as_strided(part.shape, strides, product.storage_offset()), bias, part)
-    return activate(new, operands.activation)
+    return activate_(new, operands.activation)
 
 
 def conv2d_grad(grad: Tensor, operands: Conv2dOperands, x_shape: torch.Size) -> Tensor:

@@ -174,5 +174,4 @@ def _predict(gm: fx.GraphModule, node: fx.Node, *storage: bool) -> float:
     shape = seen_shape(node.args[0])  # type: ignore[arg-type]
     tokens = TOKENS if shape is None else math.prod(shape[:-1])
     call = cost.Call(pattern, len(held(gm, node, "output_order")), operand(node, "in_features"), tokens, *storage)
-    choice = cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device))
-    return math.inf if choice is None else choice.seconds
+    return cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device)).seconds

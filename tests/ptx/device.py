@@ -65,7 +65,8 @@ class Emulator:
         self.reports.append(report)
 
     def _program(self, kernel: str) -> Program:
-        file = f"{kernel}.ordered.ptx" if self.ordered and kernel not in ("transpose", "planes") else f"{kernel}.ptx"
+        ordered = f"{kernel}.ordered.ptx"
+        file = ordered if self.ordered and (kernels.FOLDER / ordered).exists() else f"{kernel}.ptx"
         return parse(self.texts[file]) if file in self.texts else shipped(file)
 
 
