@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from benchmarks.optimum import best_retained, groupings
 from lightning_hinm.gyro import SMALL, gyro_permute, search, search_shared
 from lightning_hinm.gyro.cache import fingerprint
-from lightning_hinm.gyro.exchange import _balance, _likely
+from lightning_hinm.gyro.exchange import _balance, _likely, _sums
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
     Blocks,
@@ -241,6 +241,14 @@ def test_every_tile_takes_as_many_rows_as_it_has_places(tiles, v, seed):
     tile = _balance(values, size, prices, torch.arange(tiles), torch.tensor(0.2))
     assert torch.equal(torch.bincount(tile, minlength=tiles), size)
     assert prices[tiles:].eq(0).all()
+
+
+def test_the_sums_of_tiles_are_those_of_their_rows_here_and_elsewhere():
+    saliency, own = torch.rand(9, 5, generator=seeded()), torch.tensor([2, 0, 0, 2, 3, 2, 0, 3, 3])
+    expected = torch.stack([saliency[own == tile].sum(dim=0) for tile in range(4)])  # one has no rows
+    torch.testing.assert_close(_sums(saliency, own, 4), expected)
+    with Elsewhere():
+        torch.testing.assert_close(_sums(elsewhere(saliency), elsewhere(own), 4).cpu(), expected)
 
 
 def test_what_likely_survives_is_the_saliency_itself_where_nothing_is_pruned_within_groups():

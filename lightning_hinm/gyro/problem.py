@@ -24,6 +24,8 @@ RETRIES = 4
 BATCH = 1 << 25
 # Groups that one assignment takes at most, unless it shall be quick.
 GROUPS = 256
+# Numbers of the matrices that several threads solve sooner than one.
+PARALLEL = 1 << 18
 # Value of a choice that is not allowed: less than any that is.
 BARRED = -1e6
 
@@ -76,10 +78,15 @@ class Problem:
     within: Tensor | None
     report: Callable[[Tensor, Tensor], None] | None = None
 
+    @property
+    def due(self) -> bool:
+        """Whether there is someone to report to, and it is time."""
+        return self.report is not None and self.clock.seconds >= self.clock.next_report
+
     def tell(self, order: Tensor, index: Tensor | None = None) -> None:
         """Reports the layout so far, every few seconds; without an index, with the columns of the largest sums."""
         start = self.clock.seconds
-        if self.report is None or start < self.clock.next_report:
+        if self.report is None or not self.due:
             return
         self.report(order, choose_vectors(self.saliency, self.pattern, order) if index is None else index)
         end = self.clock.seconds
@@ -147,7 +154,7 @@ def assign(values: list[Tensor]) -> list[Tensor]:
 
     matrices = [matrix.cpu().double().numpy() for matrix in values]
     solve = partial(linear_sum_assignment, maximize=True)
-    if len(matrices) > 1 and matrices[0].size > 1 << 12:  # the solver lets other threads run
+    if len(matrices) > 1 and sum(matrix.size for matrix in matrices) > PARALLEL:  # the solver lets other threads run
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             solved = list(threads.map(solve, matrices))
     else:
