@@ -23,6 +23,7 @@ from lightning_hinm.ops import cost, expand_all, gpu
 from lightning_hinm.ops.cost import Call, Choice
 from lightning_hinm.ops.figures import estimate
 from lightning_hinm.ops.operands import ACTIVATIONS, LinearOperands, activate_
+from lightning_hinm.passes import fold_norm
 from lightning_hinm.plan import predict
 from lightning_hinm.workload import Workload, measure, measuring_anew
 from tests.ptx import Fault
@@ -292,6 +293,18 @@ def test_the_dense_weight_is_unpacked_to_the_bit(
     for schedule in ("lockstep", "warps"):
         with emulated(schedule=schedule) as emulator:
             assert unpacks(emulator, packed, groups)
+
+
+@pytest.mark.parametrize("columns", [61, 257])
+def test_a_weight_that_a_norm_turned_around_is_unpacked_to_the_bit(columns: int) -> None:
+    """Virtual columns hold -0 then, and stand for a real one."""
+    pattern = HiNMPattern(32, 0.0, window=256)
+    packed, one = packed_layer(64, columns, pattern=pattern, dtype=torch.float16), torch.ones(64)
+    folded, _ = fold_norm(packed, 0 * one, one, weight=-one, eps=0.0)
+    assert (folded.values.view(torch.int16) == -0x8000).any()
+    for schedule in ("lockstep", "warps"):
+        with emulated(schedule=schedule) as emulator:
+            assert unpacks(emulator, folded)
 
 
 def unpacks(emulator: Emulator, packed: HiNMWeight, groups: int = 1) -> bool:
