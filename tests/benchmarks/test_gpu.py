@@ -393,6 +393,14 @@ def test_goals_are_judged_by_the_planners_kernel_in_tile_order_and_the_faster_de
     assert not [goal for goal in goals.goals_of([slow]) if goal.text.startswith("chosen")]
 
 
+def test_a_goal_is_missed_where_the_planner_leaves_it_to_the_dense_product() -> None:
+    many = next(case for case in default_cases() if case.tokens == 4096)
+    case = synthetic_case(many, 24e-5, 20e-5, 10e-5) | {"chosen": {"row": "unpack"}}
+    case["times"].append({**case["times"][0], "path": "unpack", "seconds": 25e-5})
+    (goal,) = (goal for goal in goals.goals_of([case]) if goal.text == "many tokens, row-major")
+    assert (goal.found, goal.restored, goal.reached) == (pytest.approx(0.96), pytest.approx(0.96), False)
+
+
 def test_a_plot_needs_no_gpu_and_no_more_than_a_json(tmp_path: Path) -> None:
     cases = [synthetic_case(case, 25e-6, 10e-6, 12e-6) for case in default_cases() if isinstance(case.layer, Linear)]
     (tmp_path / "gpu.json").write_text(json.dumps({"facts": {"gpu": "toy"}, "cases": cases[:12]}))
