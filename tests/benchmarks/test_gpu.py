@@ -109,6 +109,13 @@ def test_the_correctness_step_runs_every_kernel(monkeypatch: pytest.MonkeyPatch,
     assert not any("cluster" in name for name in written["launched"])
 
 
+def test_the_correctness_step_runs_images_of_each_form_on_a_kernel_and_on_the_dense_product() -> None:
+    with emulated():
+        findings = correctness.Checker(CPU, CPU).run(correctness.Table([], [correctness.IMAGES[0]], []))
+    assert not findings.wrong + findings.failed
+    assert findings.launched == {"unpack": 8, "planes": 8, "gather_f16_64": 4, "gather_bf16_64": 4}
+
+
 def test_the_correctness_step_runs_what_blocks_share(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     matrix = dataclasses.replace(TINY_TABLE.matrices[0], tokens=(8,))
