@@ -144,8 +144,8 @@ def test_a_tie_is_for_the_dense_product() -> None:
 
 
 def test_the_tokens_of_a_convolution_are_whole_blocks_of_rows_that_start_at_whole_copies() -> None:
-    call = convolution_call(HiNMPattern(), 64, 36, (3, 4, 20, 20), (20, 20), (3, 3), (1, 1), (1, 1), (1, 1))
-    assert (call.tokens, call.outputs) == (3 * 4 * 128, 3 * 400)  # 20 rows of 24
+    call = convolution_call(HiNMPattern(), 64, 36, (3, 4, 12, 9), (12, 9), (3, 3), (1, 1), (1, 1), (1, 1))
+    assert (call.tokens, call.outputs) == (3 * 2 * 128, 3 * 108)  # 12 rows of 16
 
 
 def test_an_image_beyond_the_counts_of_the_gather_kernel_is_for_the_dense_product() -> None:

@@ -374,6 +374,19 @@ def test_convolutions_by_the_unpacked_weight_agree(case: tuple[Any, ...], form: 
     assert emulator.launched == ["unpack"]
 
 
+def test_images_come_as_torch_stores_them_whatever_the_dense_product_makes_of_them() -> None:
+    def conv2d(*args: Any) -> Tensor:
+        return torch.conv2d(*args).contiguous(memory_format=torch.channels_last)
+
+    with emulated(), only("unpack"), mock.patch.object(gpu.F, "conv2d", conv2d):
+        packed = packed_layer(64, 8, 3, 3, pattern=PLAIN, dtype=torch.float16)
+        x, operands = numbers(2, 8, 6, 6, dtype=torch.float16), (*packed.tensors.values(), None)
+        geometry = (8, 3, 3, *[1] * 7)
+        found = torch.ops.hinm.conv2d(x, *operands, *expand_all(packed).values(), *geometry, *PLAIN.fields, "relu")
+    assert found.is_contiguous()
+    assert relative_error(found, F.relu(F.conv2d(x.double(), unpack(packed).double(), None, 1, 1))) < 2e-3
+
+
 @pytest.mark.parametrize("kernel", ["gather", "unpack"])
 def test_no_images_give_an_empty_result_without_a_launch(kernel: str) -> None:
     packed = packed_layer(64, 8, 3, 3, pattern=HiNMPattern(32, 0.5), dtype=torch.float16)
