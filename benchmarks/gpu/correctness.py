@@ -104,6 +104,7 @@ SUBSET = Table(
         Matrix(HiNMPattern(32, 0.5, window=64), 70, 300, (3, 17, 140)),
         Matrix(HiNMPattern(64, 0.5, window=104), 300, 470, (16, 70)),
         Matrix(HiNMPattern(128, 0.75, window=None), 130, 150, (9, 130)),
+        Matrix(HiNMPattern(32, 0.875, window=None), 40, 1590, (3,)),  # more columns than one block unpacks
     ],
     [IMAGES[1], IMAGES[5]],
     [],

@@ -109,6 +109,14 @@ def test_the_correctness_step_runs_every_kernel(monkeypatch: pytest.MonkeyPatch,
     assert not any("cluster" in name for name in written["launched"])
 
 
+def test_what_sanitizers_watch_has_a_weight_of_several_blocks_of_columns() -> None:
+    (wide,) = (matrix for matrix in correctness.SUBSET.matrices if matrix.columns > cost.UNPACKED_COLUMNS)
+    with emulated():
+        findings = correctness.Checker(CPU, CPU).run(correctness.Table([wide], [], []))
+    assert not findings.wrong + findings.failed
+    assert findings.launched["unpack"] >= 1
+
+
 def test_the_correctness_step_runs_images_of_each_form_on_a_kernel_and_on_the_dense_product() -> None:
     with emulated():
         findings = correctness.Checker(CPU, CPU).run(correctness.Table([], [correctness.IMAGES[0]], []))
