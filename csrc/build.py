@@ -175,7 +175,9 @@ def describe_entries() -> dict[str, dict[str, Any]]:
             *_numbers("packed_rows", "vector_size", "kept", "pitch"),
         ],
         "rules": "vector_size is a multiple of 32; pitch is a multiple of 8 and more than any column of vector_index; "
-        "packed_rows = tiles * vector_size; every row of out that rows names is written whole; pitch <= 1520 * 65535",
+        "packed_rows = tiles * vector_size; every row of out that rows names is written whole: each kept value in its "
+        "column, but a value of +0 nowhere, and +0 in the other columns; so what pads is +0, not -0; "
+        "pitch <= 1520 * 65535",
         "block": 256,
         "grid": [["packed_rows", 16], ["pitch", 1520], 1],
         "shared": {"bytes": 0, "per": {}},

@@ -120,6 +120,12 @@ def test_a_dense_product_pays_for_the_weight_that_it_unpacks_and_for_the_activat
         dense = list_kernels(each, LIMIT, slow)[0]
         assert dense.seconds == unpacked + predict_dense(call, slow).seconds + behind
         assert dense.roof == "memory"
+    blocks = replace(call, in_features=3000)  # of L2, each block of columns reads all of the weight
+    packed = 256 * padded_kept(call.pattern, 3000) * 9 // 8 + 4 * padded_kept(call.pattern, 3000) * 2
+    dense = list_kernels(blocks, LIMIT, replace(H100, l2=1.0))[0]
+    assert dense.seconds == pytest.approx(2 * packed + 2 * 256 * 3000)
+    assert list_kernels(call, LIMIT, replace(H100, dense=1.0))[0].roof == "tensor cores", "that of the product"
+    assert list_kernels(replace(call, activated=True), LIMIT, H100)[0].seconds == 3 * H100.launch
 
 
 def test_each_call_of_a_layer_takes_what_should_be_fastest_for_its_tokens() -> None:
@@ -135,6 +141,11 @@ def test_a_tie_is_for_the_dense_product() -> None:
     assert dense.seconds == gather.seconds == 2 * H100.launch, "to unpack and to multiply, or planes and gather"
     assert choose_kernel(call, LIMIT, H100) == dense
     assert choose_kernel(replace(call, activated=True), LIMIT, H100) == gather
+
+
+def test_the_tokens_of_a_convolution_are_whole_blocks_of_rows_that_start_at_whole_copies() -> None:
+    call = convolution_call(HiNMPattern(), 64, 36, (3, 4, 12, 9), (12, 9), (3, 3), (1, 1), (1, 1), (1, 1))
+    assert (call.tokens, call.outputs) == (3 * 2 * 128, 3 * 108)  # 12 rows of 16
 
 
 def test_an_image_beyond_the_counts_of_the_gather_kernel_is_for_the_dense_product() -> None:

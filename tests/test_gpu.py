@@ -23,6 +23,7 @@ from lightning_hinm.ops import cost, expand_all, gpu
 from lightning_hinm.ops.cost import Call, Choice
 from lightning_hinm.ops.figures import estimate
 from lightning_hinm.ops.operands import ACTIVATIONS, LinearOperands, activate_
+from lightning_hinm.passes import fold_norm
 from lightning_hinm.plan import predict
 from lightning_hinm.workload import Workload, measure, measuring_anew
 from tests.ptx import Fault
@@ -294,6 +295,18 @@ def test_the_dense_weight_is_unpacked_to_the_bit(
             assert unpacks(emulator, packed, groups)
 
 
+@pytest.mark.parametrize("columns", [61, 257])
+def test_a_weight_that_a_norm_turned_around_is_unpacked_to_the_bit(columns: int) -> None:
+    """Virtual columns hold -0 then, and stand for a real one."""
+    pattern = HiNMPattern(32, 0.0, window=256)
+    packed, one = packed_layer(64, columns, pattern=pattern, dtype=torch.float16), torch.ones(64)
+    folded, _ = fold_norm(packed, 0 * one, one, weight=-one, eps=0.0)
+    assert (folded.values.view(torch.int16) == -0x8000).any()
+    for schedule in ("lockstep", "warps"):
+        with emulated(schedule=schedule) as emulator:
+            assert unpacks(emulator, folded)
+
+
 def unpacks(emulator: Emulator, packed: HiNMWeight, groups: int = 1) -> bool:
     """Whether the kernel writes the dense weight over what was there, and zeros behind its rows."""
     fragments: Any = expand_all(packed, groups=groups)
@@ -350,6 +363,76 @@ def test_convolutions_agree(case: tuple[Any, ...], dtype: torch.dtype) -> None:
         check_conv2d(case, dtype)
     direct = case[4:7] == ((1, 1), (1, 1), (0, 0)) and case[3][0] * case[3][1] % 8 == 0
     assert ("planes" in emulator.launched) != direct
+
+
+@pytest.mark.parametrize("form", ["contiguous", "channels last", "no batch"])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_by_the_unpacked_weight_agree(case: tuple[Any, ...], form: str) -> None:
+    memory_format = torch.channels_last if form == "channels last" else torch.contiguous_format
+    with emulated() as emulator, only("unpack"):
+        check_conv2d(case, torch.float16, form != "no batch", memory_format)
+    assert emulator.launched == ["unpack"]
+
+
+def test_images_come_as_torch_stores_them_whatever_the_dense_product_makes_of_them() -> None:
+    def conv2d(*args: Any) -> Tensor:
+        return torch.conv2d(*args).contiguous(memory_format=torch.channels_last)
+
+    with emulated(), only("unpack"), mock.patch.object(gpu.F, "conv2d", conv2d):
+        packed = packed_layer(64, 8, 3, 3, pattern=PLAIN, dtype=torch.float16)
+        x, operands = numbers(2, 8, 6, 6, dtype=torch.float16), (*packed.tensors.values(), None)
+        geometry = (8, 3, 3, *[1] * 7)
+        found = torch.ops.hinm.conv2d(x, *operands, *expand_all(packed).values(), *geometry, *PLAIN.fields, "relu")
+    assert found.is_contiguous()
+    assert relative_error(found, F.relu(F.conv2d(x.double(), unpack(packed).double(), None, 1, 1))) < 2e-3
+
+
+@pytest.mark.parametrize("kernel", ["gather", "unpack"])
+def test_no_images_give_an_empty_result_without_a_launch(kernel: str) -> None:
+    packed = packed_layer(64, 8, 3, 3, pattern=HiNMPattern(32, 0.5), dtype=torch.float16)
+    with emulated() as emulator, only(kernel):
+        operands: Any = (*packed.tensors.values(), None, *expand_all(packed).values(), 8, 3, 3, *[1] * 7)
+        x = torch.empty(0, 8, 6, 6, dtype=torch.float16)
+        found = torch.ops.hinm.conv2d(x, *operands, *HiNMPattern(32, 0.5).fields, "relu")
+    assert found.shape == (0, 64, 6, 6)
+    assert emulator.launched == []
+
+
+def test_the_planner_is_told_how_tokens_lie_and_what_follows() -> None:
+    packed, told = packed_layer(64, 72, pattern=PLAIN, dtype=torch.float16), []
+
+    def choose(call: Call, *figures: Any) -> Choice:
+        told.append(call)
+        return cost.list_kernels(call, *figures)[0]
+
+    cases = list(itertools.product(("", "_features"), (False, True), ("none", "relu")))
+    with emulated(), chosen_anew(), mock.patch.object(cost, "choose_kernel", choose):
+        for storage, feature_major, activation in cases:
+            run_linear(packed, tokens_for(storage, 16, 72, torch.float16), None, activation, feature_major)
+    expected = [Call(PLAIN, 64, 72, 16, storage != "", out, activated=name != "none") for storage, out, name in cases]
+    assert told == expected
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_a_plan_predicts_the_call_that_the_op_decides_on(case: tuple[Any, ...], channels_last: bool) -> None:
+    batch, channels, rows, size, kernel, stride, padding, dilation, groups = case
+    told = []
+
+    def choose(call: Call, *figures: Any) -> Choice:
+        told.append(replace(call, activated=False))
+        return cost.list_kernels(call, *figures)[0]
+
+    images = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    shape, x = (rows, channels // groups, *kernel), (batch, channels, *size)
+    workload = Workload(
+        shape, HiNMPattern(32, 0.5), x, torch.float16, torch.device("cpu"), **images, channels_last=channels_last
+    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    with emulated(), chosen_anew(), mock.patch.object(cost, "choose_kernel", choose):
+        check_conv2d(case, torch.float16, memory_format=memory_format)
+        predict(workload)
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=str)

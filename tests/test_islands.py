@@ -12,7 +12,13 @@ from torch import Tensor, fx, nn
 from lightning_hinm import HiNMPattern, prune
 from lightning_hinm.ops import cost, hinm_linear
 from lightning_hinm.ops.cost import Call, Choice
-from lightning_hinm.passes import absorb_orders_pass, contexts_of, feature_major_islands_pass, sparsify_layers_pass
+from lightning_hinm.passes import (
+    absorb_orders_pass,
+    contexts_of,
+    feature_major_islands_pass,
+    fuse_activations_pass,
+    sparsify_layers_pass,
+)
 from lightning_hinm.passes.sparsify import operand
 from tests.graphs import Chain, capture, packed_by_name, result, set_orders, sparse_graph
 from tests.ptx.device import emulated
@@ -118,3 +124,20 @@ def test_on_a_gpu_islands_are_where_the_predicted_time_falls(gain: float, layers
                 feature_major_islands_pass(gm)
             assert storages(gm) == [gain > 0] * (layers - 1) + [False]
             torch.testing.assert_close(gm(*inputs)[0], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_on_a_gpu_islands_are_predicted_with_the_activations_that_their_layers_apply() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).half().eval()
+    prune(model, HiNMPattern(32), method="identity")
+    told: list[bool] = []
+
+    def choose(call: Call, shared_limit: int, gpu: cost.Gpu) -> Choice:
+        told.append(call.activated)
+        return Choice("gather", 128, 0, 1e-4, "memory")
+
+    with emulated():
+        gm, inputs = capture(model, torch.randn(16, 64).half())
+        sparsify_layers_pass(gm, packed_by_name(gm, inputs, model[0], model[2]))
+        with mock.patch.object(cost, "choose_kernel", choose):
+            feature_major_islands_pass(fuse_activations_pass(gm))
+    assert told[:2] == [True, False]

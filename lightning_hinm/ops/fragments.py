@@ -128,7 +128,8 @@ def arrange(packed: HiNMWeight) -> Fragments:
         count, real = (block.stop - block.start) * v, packed.values[rows].shape[0]
         kept_values = packed.values.new_zeros(count, width // 4, 2)
         own = source[block].repeat_interleave(v, dim=0)[:real]  # [rows, P / 4]
-        pairs = packed.values[rows].unflatten(1, (-1, 2))
+        # With +0 for -0: what stands for nothing is +0, by which the unpack kernel knows it.
+        pairs = (packed.values[rows] + 0.0).unflatten(1, (-1, 2))
         kept_values[:real, group] = pairs.gather(1, own.unsqueeze(2).expand(-1, -1, 2))
         # 4 = 0 | 1 << 2 is the nibble of the first two columns, a legal one for groups without a value.
         nibbles = torch.full((count, width // 4), 4, dtype=torch.int64, device=device)

@@ -152,6 +152,8 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     """``hinm::conv2d`` from fragments: ``[B, C, H, W]`` -> ``[B, O, *size]``, or both without B."""
     images = x.reshape(-1, *x.shape[-3:])
     rows, (high, wide) = operands.output_order.shape[0], size
+    if not len(images):
+        return new_images(x, rows, high, wide)
     spatial = _spatial(operands)
     sizes = (rows, _in_features(operands), tuple(images.shape), size, *spatial)
     choice = choose_for_images(x.device, _pattern_fields(operands), sizes, operands.activation != "none")
@@ -167,7 +169,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     numbers = kernel[1] * phases * operands.in_channels * plane
     direct = _is_read_as_it_lies(images, operands)
     step = MOST_BLOCKS if direct else min(max(PLANES_BYTES // (2 * numbers), 1), MOST_BLOCKS)
-    for first in range(0, len(out) if out.numel() else 0, step):
+    for first in range(0, len(out), step):
         part, out_part = images[first : first + step].contiguous(), out[first : first + step].flatten(2)
         if direct and part.data_ptr() % 16 == 0:
             matrix = part.flatten(2)

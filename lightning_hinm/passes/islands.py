@@ -173,5 +173,6 @@ def _predict(gm: fx.GraphModule, node: fx.Node, *storage: bool) -> float:
     pattern = HiNMPattern(*(operand(node, name) for name in HiNMPattern.__dataclass_fields__))
     shape = seen_shape(node.args[0])  # type: ignore[arg-type]
     tokens = TOKENS if shape is None else math.prod(shape[:-1])
-    call = cost.Call(pattern, len(held(gm, node, "output_order")), operand(node, "in_features"), tokens, *storage)
+    rows, activated = len(held(gm, node, "output_order")), operand(node, "activation", "none") != "none"
+    call = cost.Call(pattern, rows, operand(node, "in_features"), tokens, *storage, activated=activated)
     return cost.choose_kernel(call, kernels.shared_limit(device), cost.gpu_of(device)).seconds

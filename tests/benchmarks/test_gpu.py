@@ -109,6 +109,21 @@ def test_the_correctness_step_runs_every_kernel(monkeypatch: pytest.MonkeyPatch,
     assert not any("cluster" in name for name in written["launched"])
 
 
+def test_what_sanitizers_watch_has_a_weight_of_several_blocks_of_columns() -> None:
+    (wide,) = (matrix for matrix in correctness.SUBSET.matrices if matrix.columns > cost.UNPACKED_COLUMNS)
+    with emulated():
+        findings = correctness.Checker(CPU, CPU).run(correctness.Table([wide], [], []))
+    assert not findings.wrong + findings.failed
+    assert findings.launched["unpack"] >= 1
+
+
+def test_the_correctness_step_runs_images_of_each_form_on_a_kernel_and_on_the_dense_product() -> None:
+    with emulated():
+        findings = correctness.Checker(CPU, CPU).run(correctness.Table([], [correctness.IMAGES[0]], []))
+    assert not findings.wrong + findings.failed
+    assert findings.launched == {"unpack": 8, "planes": 8, "gather_f16_64": 4, "gather_bf16_64": 4}
+
+
 def test_the_correctness_step_runs_what_blocks_share(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     matrix = dataclasses.replace(TINY_TABLE.matrices[0], tokens=(8,))
@@ -391,6 +406,14 @@ def test_goals_are_judged_by_the_planners_kernel_in_tile_order_and_the_faster_de
     assert "with this machine's figures: the fastest kernel in 0 of 2; at worst 2.00 times slower" in table
     slow = synthetic_case(decode, 10e-6, 20e-6, 30e-6)
     assert not [goal for goal in goals.goals_of([slow]) if goal.text.startswith("chosen")]
+
+
+def test_a_goal_is_missed_where_the_planner_leaves_it_to_the_dense_product() -> None:
+    many = next(case for case in default_cases() if case.tokens == 4096)
+    case = synthetic_case(many, 24e-5, 20e-5, 10e-5) | {"chosen": {"row": "unpack"}}
+    case["times"].append({**case["times"][0], "path": "unpack", "seconds": 25e-5})
+    (goal,) = (goal for goal in goals.goals_of([case]) if goal.text == "many tokens, row-major")
+    assert (goal.found, goal.restored, goal.reached) == (pytest.approx(0.96), pytest.approx(0.96), False)
 
 
 def test_a_plot_needs_no_gpu_and_no_more_than_a_json(tmp_path: Path) -> None:
