@@ -237,10 +237,10 @@ def predict(workload: Workload) -> dict[str, Choice]:
 
 
 def _call_of(workload: Workload) -> cost.Call:
-    shape, pattern = workload.shape, workload.pattern
+    shape, pattern, activated = workload.shape, workload.pattern, workload.activation != "none"
     if len(shape) == 2:
         storage = workload.feature_major, workload.feature_major_out
-        return cost.Call(pattern, *shape, math.prod(workload.input_shape[:-1]), *storage)
+        return cost.Call(pattern, *shape, math.prod(workload.input_shape[:-1]), *storage, activated=activated)
     *batch, channels, height, width = workload.input_shape
     images: Any = (math.prod(batch), channels, height, width)
     spatial: Any = (shape[2:], workload.stride, workload.padding, workload.dilation)
@@ -248,8 +248,9 @@ def _call_of(workload: Workload) -> cost.Call:
     out = [(size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, spread in axes]
     pointwise = shape[2:] == (1, 1) and not any(workload.padding)
     if pointwise and workload.groups == 1 and workload.channels_last:  # a linear layer
-        return cost.Call(pattern, shape[0], shape[1], images[0] * math.prod(out))
-    return cost.convolution_call(pattern, shape[0], math.prod(shape[1:]), images, (out[0], out[1]), *spatial)
+        return cost.Call(pattern, shape[0], shape[1], images[0] * math.prod(out), activated=activated)
+    of_weight = (pattern, shape[0], math.prod(shape[1:]))
+    return cost.convolution_call(*of_weight, images, (out[0], out[1]), *spatial, activated=activated)
 
 
 def _milliseconds(seconds: float | None) -> str:

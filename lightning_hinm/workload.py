@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_hinm.format import HiNMWeight, random_weight
 from lightning_hinm.ops import expand_all, hinm_conv2d, hinm_linear
+from lightning_hinm.ops.operands import activate_
 from lightning_hinm.pattern import HiNMPattern, layer_kind
 from lightning_hinm.prune import layout_of
 
@@ -48,6 +49,7 @@ class Workload:
         feature_major: whether the input of a linear layer lies so.
         feature_major_out: whether its result shall.
         channels_last: whether the images of a convolution lie so, then its result too.
+        activation: that follows: a GPU kernel applies it before it writes.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +66,7 @@ class Workload:
     feature_major: bool = False
     feature_major_out: bool = False
     channels_last: bool = False
+    activation: str = "none"
 
 
 def workload_of(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Workload:
@@ -137,20 +140,23 @@ def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tenso
     def numbers(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=workload.device).to(workload.dtype)
 
-    shape, pattern, groups = workload.shape, workload.pattern, workload.groups
+    shape, pattern, groups, activation = workload.shape, workload.pattern, workload.groups, workload.activation
     x, weight, bias = numbers(*workload.input_shape), numbers(*shape), numbers(shape[0])
     packed = random_weight(shape, pattern, workload.dtype, generator, groups=groups, restored=workload.restored)
     operands = (*packed.tensors.values(), bias, *expand_all(packed, groups=groups).values())
     if len(shape) == 2:
         stored = x.movedim(-1, 0).contiguous().movedim(0, -1) if workload.feature_major else x
-        tail = (shape[1], *pattern.fields, "none", workload.feature_major_out)
-        return (lambda: F.linear(x, weight, bias)), (lambda: hinm_linear(stored, *operands, *tail))
+        tail = (shape[1], *pattern.fields, activation, workload.feature_major_out)
+        return (
+            lambda: activate_(F.linear(x, weight, bias), activation),
+            lambda: hinm_linear(stored, *operands, *tail),
+        )
     x = x.to(memory_format=torch.channels_last) if workload.channels_last else x
     spatial = (workload.stride, workload.padding, workload.dilation)
     geometry = (shape[1] * groups, *shape[2:], *(size for pair in spatial for size in pair), groups)
     return (
-        lambda: F.conv2d(x, weight, bias, *spatial, groups),
-        lambda: hinm_conv2d(x, *operands, *geometry, *pattern.fields),
+        lambda: activate_(F.conv2d(x, weight, bias, *spatial, groups), activation),
+        lambda: hinm_conv2d(x, *operands, *geometry, *pattern.fields, activation),
     )
 
 

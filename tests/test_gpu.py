@@ -420,7 +420,7 @@ def test_a_plan_predicts_the_call_that_the_op_decides_on(case: tuple[Any, ...], 
     told = []
 
     def choose(call: Call, *figures: Any) -> Choice:
-        told.append(replace(call, activated=False))
+        told.append(call)
         return cost.list_kernels(call, *figures)[0]
 
     images = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -431,8 +431,9 @@ def test_a_plan_predicts_the_call_that_the_op_decides_on(case: tuple[Any, ...], 
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     with emulated(), chosen_anew(), mock.patch.object(cost, "choose_kernel", choose):
         check_conv2d(case, torch.float16, memory_format=memory_format)
-        predict(workload)
+        predict(replace(workload, activation="relu"))
     assert told[0] == told[1]
+    assert told[0].activated
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=str)
@@ -766,6 +767,7 @@ def test_explain_names_the_kernel_and_the_roof_that_binds() -> None:
         dense = explain(model)
     conv, linear, _ = plan.layers
     assert (conv.kernel, linear.kernel) == ("unpack (launch)", "windowed (launch)")
+    assert dense.layers[0].kernel == "gather (launch)", "as compiled: with its activation, a launch less"
     assert conv.predicted_seconds == 2 * linear.predicted_seconds  # type: ignore[operator]
     assert linear.measured_seconds is not None
     assert "windowed (launch)" in str(plan)
@@ -1071,6 +1073,19 @@ def test_every_entry_computes_the_layer_on_a_gpu(case: tuple[Any, ...], dtype: t
     packed = packed_layer(rows, columns, pattern=pattern, dtype=dtype).to("cuda")
     with only(kernel, block):
         check_linear(packed, tokens_for(kernel, tokens, columns, dtype, "cuda"), numbers(rows, dtype=dtype).cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [16, 200])
+def test_a_call_on_the_unpacked_weight_can_be_captured(tokens: int) -> None:
+    packed, x = packed_layer(70, 96, pattern=PLAIN, dtype=torch.float16), numbers(tokens, 96, dtype=torch.float16)
+    with only("unpack"), torch.inference_mode():
+        packed, x, graph = packed.to("cuda"), x.cuda(), torch.cuda.CUDAGraph()
+        args = (*packed.tensors.values(), None, *expand_all(packed).values(), 96, *PLAIN.fields, "gelu")
+        with torch.cuda.graph(graph):
+            found = torch.ops.hinm.linear(x, *args)
+        graph.replay()
+        assert torch.equal(found, torch.ops.hinm.linear(x, *args))
 
 
 @pytest.mark.gpu

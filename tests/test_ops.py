@@ -13,6 +13,7 @@ from lightning_hinm.format import HiNMWeight, random_weight
 from lightning_hinm.kernels import host
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import expand_all
+from lightning_hinm.ops.operands import warm_up
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
@@ -365,3 +366,15 @@ def test_an_index_out_of_range_is_an_error_not_a_read(tokens: int) -> None:
     for bad in ((columns + 19, restore), (columns, restore + 20)):
         with pytest.raises((IndexError, RuntimeError)):
             torch.ops.hinm.linear(*packed, *bad, i, v, sparsity, n, m, window)
+
+
+def test_what_a_dense_product_sets_up_at_its_first_call_is_set_up_with_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called = []
+    for module, name in ((torch, "addmm"), (F, "conv2d")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=function: called.append(f(*args)))
+    warm_up.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    assert [out.shape for out in called] == [(8, 8), (1, 1, 1, 1)]
+    assert not any(out.is_inference() or out.requires_grad for out in called)

@@ -1,6 +1,7 @@
 """One call of a pruned layer, timed: no test here depends on which of its two paths is faster."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from lightning_hinm import HiNMPattern, prune, to_hinm
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
-from lightning_hinm.workload import Workload, measure, measuring_anew, workload_of
+from lightning_hinm.workload import Workload, _calls, measure, measuring_anew, workload_of
 from tests.test_plan import Net
 
 PATTERN = HiNMPattern(vector_size=8)
@@ -47,6 +48,18 @@ def test_a_layer_is_timed_in_the_storage_and_the_order_that_a_graph_gives_it(mon
         storage = {"restored": restored, "feature_major": reads, "feature_major_out": writes}
         measure(Workload((24, 20), PATTERN, (3, 20), torch.float32, CPU, **storage))
         assert seen.pop() == flags
+
+
+def test_both_sides_are_timed_with_the_activation_that_follows() -> None:
+    image = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    for shape, x, spatial in (((24, 20), (3, 20), {}), ((24, 20, 1, 1), (2, 20, 3, 3), image)):
+        workload = Workload(shape, PATTERN, x, torch.float32, CPU, **spatial)  # type: ignore[arg-type]
+        plain, activated = (
+            [call() for call in _calls(each)] for each in (workload, replace(workload, activation="relu"))
+        )
+        for before, after in zip(plain, activated, strict=True):
+            torch.testing.assert_close(after, before.relu())
+            assert (before < 0).any()
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -240,6 +240,7 @@ class Speed:
         workload = Workload(shape, case.pattern, tuple(rivals.x.shape), *self.kind, stride, padding, dilation)
         predicted = plan.predict(workload)
         facts |= {"predicted": {path: choice.seconds for path, choice in predicted.items()}}
+        facts |= {"kernel": {path: choice.kernel for path, choice in predicted.items()}}
         return contenders, facts | self._decide(workload), []
 
     def _decide(self, workload: Workload) -> Record:

@@ -161,8 +161,8 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     if choice.kernel == "unpack":
         dense = _unpack(operands).reshape(rows, -1, *kernel)
         found = F.conv2d(x, dense, operands.bias, stride, padding, dilation, operands.groups)
-        new = new_images(x, rows, high, wide)  # where sizes are 1, the two may take the images for others
-        return activate_(found if found.stride() == new.stride() else new.copy_(found), operands.activation)
+        lies = torch.channels_last if is_channels_last(x) else torch.contiguous_format  # nearly always as found
+        return activate_(found.contiguous(memory_format=lies), operands.activation)
     out = images.new_empty(len(images), rows, high, wide)
     phases, plane_height, pitch = cost.planes_size(images.shape[2], wide, *spatial)
     plane = plane_height * pitch

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
@@ -259,12 +260,22 @@ def expand_all(packed: HiNMWeight, *, groups: int = 1, form: str | None = None) 
     if form == "fragments":
         if values.device.type == "cuda":
             kernels.prepare(values.device)  # now: while a CUDA graph is captured, nothing can be loaded
+            warm_up(values.device, values.dtype)
         return dict(zip(EXPANDED, arrange(packed), strict=True))
     columns = decode_columns(packed.vector_index, in_features, packed.pattern.m, groups)
     order = packed.output_order.to(torch.int64)
     restore = order.new_empty(0) if is_in_order(packed.output_order) else inverse(order)
     expansion = decode_positions(packed) if form == "positions" else expand(packed)
     return dict(zip(EXPANDED, (expansion, None, columns, restore), strict=True))
+
+
+@functools.cache
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """A dense product of each kind: what a BLAS sets up at its first call cannot be set up in a capture either."""
+    with torch.inference_mode(False), torch.no_grad():
+        one = torch.ones(8, 8, dtype=dtype, device=device)
+        torch.addmm(one[0], one, one)
+        F.conv2d(one[None, None], one[None, None])
 
 
 def decode_positions(packed: HiNMWeight) -> Tensor:

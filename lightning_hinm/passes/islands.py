@@ -77,6 +77,7 @@ def contexts_of(gm: fx.GraphModule) -> dict[int, list[dict[str, Any]]]:
                 "restored": not is_in_order(held(gm, node, "output_order")),
                 "feature_major": read.get(node, False),
                 "feature_major_out": operand(node, "feature_major", False),
+                "activation": operand(node, "activation", "none"),
             }
             contexts.setdefault(id(held(gm, node, "values")), []).append(context)
     return contexts
