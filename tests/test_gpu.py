@@ -765,9 +765,10 @@ def test_explain_names_the_kernel_and_the_roof_that_binds() -> None:
     with emulated(), mock.patch("lightning_hinm.plan.measure", return_value=(2.0, 1.0)):
         plan = explain(to_hinm(model), x)
         dense = explain(model)
+        compiled = explain(model, x)
     conv, linear, _ = plan.layers
     assert (conv.kernel, linear.kernel) == ("unpack (launch)", "windowed (launch)")
-    assert dense.layers[0].kernel == "gather (launch)", "as compiled: with its activation, a launch less"
+    assert compiled.layers[0].kernel == "gather (launch)", "as compiled: with its activation, a launch less"
     assert conv.predicted_seconds == 2 * linear.predicted_seconds  # type: ignore[operator]
     assert linear.measured_seconds is not None
     assert "windowed (launch)" in str(plan)
