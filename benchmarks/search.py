@@ -177,13 +177,13 @@ def part_all(matrices: dict[str, Tensor]) -> list[Row]:
 
 
 def seconds_to(saliency: Tensor, pattern: HiNMPattern, value: float, most: float) -> float:
-    """Of the smallest time budget, in steps of a quarter, with which the default retains ``value``."""
-    budget = 0.02
+    """Of the smallest time budget, in steps of a tenth, with which the default retains ``value``."""
+    budget = 0.005
     while budget < most:
         result = search(saliency, pattern, time_budget=budget)
         if result.retained >= value:
             return result.seconds
-        budget *= 1.25
+        budget *= 1.1
     return most
 
 

@@ -128,10 +128,10 @@ def hinm_mask(saliency: Tensor, layout: HiNMLayout, *, within: Tensor | None = N
 
 
 def retained(saliency: Tensor, mask: Tensor) -> float:
-    """Kept saliency over total saliency, in ``[0, 1]``; 1.0 where the total is 0. Summed in float64."""
+    """Kept saliency, which is finite, over total saliency, in ``[0, 1]``; 1.0 where the total is 0. In float64."""
     total = saliency.sum(dtype=torch.float64).item()
-    # `where`, not a product: nothing pruned may count. Two sums may be taken in two orders, and differ by a rounding.
-    return min(torch.where(mask, saliency, 0).sum(dtype=torch.float64).item() / total, 1.0) if total else 1.0
+    # Two sums may be taken in two orders, and differ by a rounding.
+    return min((saliency * mask).sum(dtype=torch.float64).item() / total, 1.0) if total else 1.0
 
 
 def check_saliency(saliency: Tensor, name: str = "saliency") -> None:

@@ -24,15 +24,15 @@ WORK, FEWEST = 1 << 40, 24
 # like the matrix.
 TILES = 64
 # Steps that find the tiles' prices in a round; each begins with the prices of the round before.
-PRICE_STEPS, PRICE_RATE = 4, 0.2
+PRICE_STEPS, PRICE_RATE = 3, 0.2
 # Rows that one exact transport problem takes: its cost is cubic.
 ROWS = 512
 # After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little.
-TURNS, DRAWS, LEAST = 2, 6, 5e-5
+TURNS, DRAWS, LEAST = 2, 8, 5e-5
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
 QUICK, QUICK_LEAST = 96, 2e-4
 # The annealing's share of a time budget.
-SHARE = 0.4
+SHARE = 0.35
 
 
 def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

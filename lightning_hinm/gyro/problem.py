@@ -26,6 +26,8 @@ BATCH = 1 << 25
 GROUPS = 256
 # Numbers of the matrices that several threads solve sooner than one.
 PARALLEL = 1 << 18
+# What each later arrival puts a column off being drawn, beside noise of 1: twice in a row it could only go back.
+AGE = 1.0
 # Value of a choice that is not allowed: less than any that is.
 BARRED = -1e6
 
@@ -187,6 +189,8 @@ def assign_vectors(
         The new index, ``[T, P]``.
     """
     pattern, index = problem.pattern, index.clone()
+    if problem.clock.expired():
+        return index
     if pattern.n == pattern.m:  # all groups are worth their sums: the largest sums are best
         return choose_vectors(problem.saliency, pattern, order, within=problem.within) if pruned else index
     v, m, tiles = pattern.vector_size, pattern.m, index.shape[0]
@@ -261,10 +265,15 @@ class Blocks:
         deals = -(-groups // self.most)
         size = groups // deals
         dealt = problem.noise(len(active), groups).argsort(dim=1)[:, : deals * size]
-        members = problem.noise(len(active), deals * size, m).argsort(dim=2)  # the first of each group is drawn
-        b = active.unsqueeze(1)
-        slots = self.slots[b, dealt].gather(2, members)  # [A, D * S, m]
-        drawn, rest = slots[:, :, 0].unflatten(1, (deals, size)).flatten(0, 1), slots[:, :, 1:]
+        # A group holds its columns in the order in which they came: mostly the one that came long ago is drawn.
+        turn = problem.noise(len(active), deals * size, m)
+        if self.free is not None:
+            turn += AGE * torch.arange(m, device=turn.device)
+        first = turn.argmin(dim=2, keepdim=True)
+        others = torch.arange(m - 1, device=turn.device)
+        others = others + (others >= first)  # [A, D * S, m - 1]
+        slots = self.slots[active.unsqueeze(1), dealt]  # [A, D * S, m]
+        drawn, rest = slots.gather(2, first).view(-1, size), slots.gather(2, others)
         extra = self.candidates(problem, active, size, deals).flatten(0, 1)  # [A * D, C]
         candidates = torch.cat((drawn, extra), dim=1)
         b = active.repeat_interleave(deals).view(-1, 1)
@@ -277,7 +286,7 @@ class Blocks:
         gain = values.gather(2, choice.unsqueeze(2)).sum(dim=(1, 2)) - before
         gain = torch.where(gain > 1e-6 * before, gain, 0)  # less is rounding
         chosen = torch.where(gain.unsqueeze(1) > 0, candidates.gather(1, choice), drawn)
-        new = torch.cat((chosen.view(len(active), -1, 1), rest), dim=2)
+        new = torch.cat((rest, chosen.view(len(active), -1, 1)), dim=2)
         self.slots[active.unsqueeze(1), dealt] = new
         if self.free is not None:
             self.free[b, drawn] = True
