@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from benchmarks.optimum import best_retained, groupings
-from lightning_hinm.gyro import SMALL, gyro_permute, search, search_shared
+from lightning_hinm.gyro import SMALL, _sum_of_largest, gyro_permute, search, search_shared
 from lightning_hinm.gyro.cache import fingerprint
 from lightning_hinm.gyro.exchange import _balance, _likely, _sums
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
@@ -839,7 +839,7 @@ def test_a_budget_is_shared_by_the_matrices_and_its_end_is_told_of_each(monkeypa
     found = search_shared(matrices, patterns, time_budget=1.0)
     assert [result.ended_by_budget for result in found] == [True, True]
     assert found[0].seconds == pytest.approx(1.5 * found[1].seconds)
-    assert 0.4 <= found[0].seconds + found[1].seconds < 5  # the share of the annealing, at least
+    assert 0.3 <= found[0].seconds + found[1].seconds < 5  # the share of the annealing, at least
     for result, matrix in zip(found, matrices, strict=True):
         assert result.retained > search(matrix, patterns[0], method="identity").retained + 0.01
 
@@ -902,6 +902,14 @@ def test_the_gap_ends_where_an_unstructured_mask_keeps_as_many_and_begins_at_ide
     high = (saliency.flatten().topk(kept).values.sum(dtype=torch.float64) / saliency.sum(dtype=torch.float64)).item()
     assert found.gap_closed == pytest.approx((found.retained - low.retained) / (high - low.retained))
     assert found.gap_closed > 0
+
+
+@given(saliencies(), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]), st.data())
+def test_the_sum_of_the_largest_is_that_of_a_sort(saliency, dtype, data):
+    saliency = saliency.to(dtype).clamp(max=6e4) * (-1 if not saliency.any() else 1)  # -0, too
+    k = data.draw(st.integers(1, saliency.numel()))
+    exact = saliency.double().flatten().sort(descending=True).values[:k].sum().item()
+    assert _sum_of_largest(saliency, k) == pytest.approx(exact, rel=1e-14)
 
 
 def test_the_gap_closed_is_nought_at_identity_and_one_at_the_unstructured_mask():

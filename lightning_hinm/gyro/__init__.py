@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hinm.gyro import cache
@@ -362,13 +363,24 @@ class _Gap:
             slots = pattern.kept_of_run(last - first)
             virtual = max(slots - (last - first), 0)  # all in the last group
             kept += rows * (slots // pattern.m * pattern.n - max(pattern.n - (pattern.m - virtual), 0))
-        best = saliency.flatten().topk(kept, sorted=False).values.sum(dtype=torch.float64).item()
         total = saliency.sum(dtype=torch.float64).item()
-        self.low, self.high = low, best / total if total else 1.0
+        self.low, self.high = low, _sum_of_largest(saliency, kept) / total if total else 1.0
 
     def closed(self, value: float) -> float:
         """0 at identity, 1 where nothing better is possible; 1 too where identity is best."""
         return (value - self.low) / (self.high - self.low) if self.high > self.low else 1.0
+
+
+def _sum_of_largest(saliency: Tensor, k: int) -> float:
+    """In float64. The upper 16 bits of a number order it: counted, they leave few for ``topk`` to choose among."""
+    values = saliency.flatten().abs()  # no -0
+    size = values.element_size()
+    upper = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]) >> (8 * size - 16)
+    above = values.numel() - torch.bincount(upper, minlength=1 << 15).cumsum(0)  # numbers whose upper bits are larger
+    last = int((above >= k).sum())
+    among = values[upper == last]
+    chosen = among.topk(k - int(above[last]), sorted=False).values.sum(dtype=torch.float64)
+    return float(chosen + F.threshold(values, float(among.max()), 0.0).sum(dtype=torch.float64))
 
 
 def _ascending_groups(index: Tensor, pattern: HiNMPattern) -> Tensor:

@@ -28,6 +28,8 @@ GROUPS = 256
 PARALLEL = 1 << 18
 # What each later arrival puts a column off being drawn, beside noise of 1: twice in a row it could only go back.
 AGE = 1.0
+# How much of the most that a row would give beside the average a column costs.
+PRICED = 0.75
 # Value of a choice that is not allowed: less than any that is.
 BARRED = -1e6
 
@@ -277,8 +279,8 @@ class Blocks:
         extra = self.candidates(problem, active, size, deals).flatten(0, 1)  # [A * D, C]
         candidates = torch.cat((drawn, extra), dim=1)
         b = active.repeat_interleave(deals).view(-1, 1)
-        rest_points = self.points[b.unsqueeze(2), rest.unflatten(1, (deals, size)).flatten(0, 1)]
-        values = joined_values(rest_points, self.points[b, candidates], problem.pattern.n)  # [A * D, S, S + C]
+        rest_points = self.columns(b.unsqueeze(2), rest.unflatten(1, (deals, size)).flatten(0, 1))
+        values = joined_values(rest_points, self.columns(b, candidates), problem.pattern.n)  # [A * D, S, S + C]
         if self.free is not None:
             values[:, :, size:].masked_fill_(~self.free[b, extra].unsqueeze(1), BARRED)
         choice = torch.stack(assign(list(_priced(values))))[:, :size]  # [A * D, S]
@@ -292,6 +294,11 @@ class Blocks:
             self.free[b, drawn] = True
             self.free[b, chosen] = False
         return gain.view(-1, deals).sum(dim=1), before.view(-1, deals).sum(dim=1)
+
+    def columns(self, block: Tensor, column: Tensor) -> Tensor:
+        """Each ``column`` of its ``block``, ``[..., V]``: whole rows of the points, copied one by one."""
+        at = block * self.points.shape[1] + column
+        return self.points.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
 
     def candidates(self, problem: Problem, active: Tensor, size: int, deals: int) -> Tensor:
         """Pruned columns for each assignment, a quarter as many as it has groups, large sums first: ``[A, D, C]``.
@@ -310,11 +317,13 @@ class Blocks:
 def _priced(values: Tensor) -> Tensor:
     """The same assignment problems, ``[B, S, S + C]``, as square ones that are solved in a fraction of the time.
 
-    What a column is worth on average is taken off it, so that rows compete less: allowed where every column is
-    assigned, hence the rows of zeros, which take the columns that are left over.
+    Off each column goes what it is worth on average, and most of what the row that wants it most would give beside, so
+    that rows compete less: allowed where every column is assigned, hence the rows of zeros, which take the columns that
+    are left over.
     """
     extra = values.shape[2] - values.shape[1]
     price = values.mean(dim=1, keepdim=True)
+    price = price + PRICED * (values - price - values.mean(dim=2, keepdim=True)).amax(dim=1, keepdim=True)
     if extra:
         price = (price - price.sort(dim=2).values[:, :, extra : extra + 1]).clamp(min=0)
     return pad(values, (0, 0, 0, extra)) - price
