@@ -231,6 +231,25 @@ def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, prun
         assert torch.equal(held, slots.flatten(1).sort(dim=1).values)
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_mostly_the_vector_that_came_long_ago_is_drawn_but_by_the_paper_any(pruned):
+    points = torch.rand(1, 900, 3, generator=seeded())
+    slots = torch.randperm(900, generator=seeded())[:800].view(1, 200, 4)
+    free = torch.ones(1, 900, dtype=torch.bool).scatter(1, slots.flatten(1), False) if pruned else None
+    blocks = Blocks(points, slots, free, 200)
+    blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.0, window=None)), torch.tensor([0]))
+    left = blocks.slots[0, :, :3]  # the others in the order in which they came, and what came now behind them
+    drawn = [
+        next(at for at in range(4) if at == 3 or old[at] != new[at]) for old, new in zip(slots[0], left, strict=True)
+    ]
+    assert all(torch.equal(old[old != old[at]], new) for old, new, at in zip(slots[0], left, drawn, strict=True))
+    counts = [drawn.count(at) for at in range(4)]
+    if pruned:
+        assert counts[0] > 2 * counts[1] > 4 * counts[2] > 0
+    else:
+        assert min(counts) > 35
+
+
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 999))
 def test_every_tile_takes_as_many_rows_as_it_has_places(tiles, v, seed):
     size = torch.full((tiles,), v)
