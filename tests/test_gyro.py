@@ -239,11 +239,10 @@ def test_mostly_the_vector_that_came_long_ago_is_drawn_but_by_the_paper_any(prun
     blocks = Blocks(points, slots, free, 200)
     blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.0, window=None)), torch.tensor([0]))
     left = blocks.slots[0, :, :3]  # the others in the order in which they came, and what came now behind them
-    drawn = [
-        next(at for at in range(4) if at == 3 or old[at] != new[at]) for old, new in zip(slots[0], left, strict=True)
-    ]
-    assert all(torch.equal(old[old != old[at]], new) for old, new, at in zip(slots[0], left, drawn, strict=True))
-    counts = [drawn.count(at) for at in range(4)]
+    same = torch.cat((slots[0, :, :3] == left, torch.zeros(200, 1, dtype=torch.bool)), dim=1)
+    drawn = same.int().argmin(dim=1)  # the first place where they differ
+    assert torch.equal(slots[0][torch.arange(4) != drawn.unsqueeze(1)].view(200, 3), left)
+    counts = torch.bincount(drawn, minlength=4).tolist()
     if pruned:
         assert counts[0] > 2 * counts[1] > 4 * counts[2] > 0
     else:
