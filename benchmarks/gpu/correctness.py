@@ -315,6 +315,8 @@ class Checker:
         call = cost.Call(matrix.pattern, matrix.rows, matrix.columns, tokens)
         about = kernels.shared_limit(self.device), cost.gpu_of(self.device)
         ways = [(choice, False) for choice in cost.list_kernels(call, *about)]
+        if tokens not in (matrix.tokens[0], matrix.tokens[-1]):  # an unpacked weight knows nothing of tokens
+            ways = [(choice, features) for choice, features in ways if choice.kernel != "unpack"]
         other = cost.list_kernels(replace(call, feature_major=True), *about)
         return ways + [(choice, True) for choice in other if choice.kernel.startswith("windowed")]
 
