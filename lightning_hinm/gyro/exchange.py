@@ -28,7 +28,7 @@ PRICE_STEPS, PRICE_RATE = 3, 0.2
 # Rows that one exact transport problem takes: its cost is cubic.
 ROWS = 512
 # After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little.
-TURNS, DRAWS, LEAST = 2, 8, 5e-5
+TURNS, DRAWS, LEAST = 2, 12, 5e-5
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
 QUICK, QUICK_LEAST = 96, 2e-4
 # The annealing's share of a time budget.
@@ -76,6 +76,7 @@ def _anneal_rows(problems: Sequence[Problem], order: Tensor) -> Tensor:
     tile = torch.empty_like(order)  # of each row
     tile[order] = torch.arange(rows, device=order.device) // v
     size = torch.bincount(tile, minlength=tiles)  # the last may be short
+    every = torch.arange(tiles, device=order.device)
     for i in range(rounds):
         if problem.clock.expired():
             break
@@ -85,11 +86,13 @@ def _anneal_rows(problems: Sequence[Problem], order: Tensor) -> Tensor:
         if done > 1:
             break
         noise = HOT * (COLD / HOT) ** (done / NOISY) if done < NOISY else 0.0
-        for block in problem.shuffled(tiles).split(TILES):
-            inside = _rows_of(tile, block, tiles)
-            parts = [saliency if inside is None else saliency[inside] for saliency in saliencies]
-            place = torch.empty_like(size).index_copy_(0, block, torch.arange(len(block), device=block.device))
-            own = place[tile if inside is None else tile[inside]]  # of each row, its tile's place in the block
+        for block in problem.shuffled(tiles).split(TILES) if tiles > TILES else [every]:
+            inside: Any = slice(None)
+            parts, own = saliencies, tile
+            if tiles > TILES:
+                place = torch.full_like(size, -1).index_copy_(0, block, every[: len(block)])[tile]
+                inside = (place >= 0).nonzero()[:, 0]  # the rows of the block
+                parts, own = [saliency[inside] for saliency in saliencies], place[inside]
             kept = (_kept(_sums(part, own, len(block)), one.pattern) for part, one in zip(parts, problems, strict=True))
             # Transposed, because a product of few rows is faster than one of few columns.
             worth = (of_tiles @ part.t() for part, of_tiles in zip(parts, kept, strict=True))
@@ -98,18 +101,10 @@ def _anneal_rows(problems: Sequence[Problem], order: Tensor) -> Tensor:
             spread = values.double().std(correction=0).to(values.dtype)
             values += noise * spread * problem.noise(*values.shape)
             moved = block[_balance(values, size[block], prices, block, PRICE_RATE * spread)]
-            tile[slice(None) if inside is None else inside] = moved
+            tile[inside] = moved
         if problem.due:
             problem.tell(tile.argsort(stable=True))
     return tile.argsort(stable=True)
-
-
-def _rows_of(tile: Tensor, block: Tensor, tiles: int) -> Tensor | None:
-    """The rows that are in the tiles of ``block``; None for all, which nothing has to be gathered for."""
-    if len(block) == tiles:
-        return None
-    among = torch.zeros(tiles, dtype=torch.bool, device=tile.device).index_fill_(0, block, True)
-    return among[tile].nonzero()[:, 0]
 
 
 def _sums(saliency: Tensor, own: Tensor, count: int) -> Tensor:
