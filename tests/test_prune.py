@@ -257,7 +257,7 @@ def test_rows_stay_in_their_heads_and_gain_from_an_order_inside_them():
     assert torch.equal(layout_of(model.gate).output_order, layout_of(model.up).output_order)
     retained = [{layer.name: layer.retained for layer in report.pruned} for report in (fixed, kept, free)]
     for name in ("attention", "gate"):
-        assert retained[0][name] < retained[1][name] < retained[2][name]
+        assert retained[0][name] < min(retained[1][name], retained[2][name])
     assert retained[1]["down"] == retained[2]["down"]
 
 

@@ -188,7 +188,8 @@ def test_masks_nest_and_obey_the_schedule_until_the_target_is_reached(pattern: H
 def test_layers_that_share_an_order_have_it_from_the_first_update_to_the_last(
     pattern: HiNMPattern, saliency: Any
 ) -> None:
-    callback = pruning_of(pattern=pattern, method="exchange", saliency=saliency, shared_orders=SETS)
+    settings = {"method": "exchange", "saliency": saliency, "shared_orders": SETS, "seed": 2}  # some move no row
+    callback = pruning_of(pattern=pattern, **settings)
     seen: list[tuple[dict[str, Tensor], dict[str, HiNMLayout]]] = []
 
     def look(trainer: Trainer, model: Any) -> None:
