@@ -372,7 +372,10 @@ class _Gap:
 
 
 def _sum_of_largest(saliency: Tensor, k: int) -> float:
-    """In float64. The upper 16 bits of a number order it: counted, they leave few for ``topk`` to choose among."""
+    """Of the ``k`` largest of ``[O, I]``, in float64.
+
+    The upper 16 bits of a number order it: counted, they leave few for ``topk`` to choose among.
+    """
     values = saliency.flatten().abs()  # no -0
     size = values.element_size()
     upper = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]) >> (8 * size - 16)

@@ -118,6 +118,11 @@ def planes_size(
     return PlanesSize(phases, -(-(height + 2 * padding[0]) // stride[0]), -(-wide // ALIGNED) * ALIGNED)
 
 
+def is_read_as_it_lies(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], pixels: int) -> bool:
+    """Whether an image of so many pixels is a matrix of channels and pixels: each weight of its kernel meets each."""
+    return kernel == stride == (1, 1) and padding == (0, 0) and pixels % ALIGNED == 0
+
+
 def convolution_call(
     pattern: HiNMPattern, rows: int, in_features: int, images: tuple[int, int, int, int], size: tuple[int, int],
     kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
@@ -141,7 +146,7 @@ def convolution_call(
     high, wide = size
     pixels = plane = high * wide
     shifted, gathered = 0, channels * pixels < MOST_NUMBERS
-    if not (kernel == stride == (1, 1) and padding == (0, 0) and pixels % ALIGNED == 0):
+    if not is_read_as_it_lies(kernel, stride, padding, pixels):
         planes = planes_size(height, wide, kernel, stride, padding, dilation)
         numbers = kernel[1] * planes.phases * channels * planes.height * planes.pitch
         plane, shifted, gathered = high * planes.pitch, 2 * batch * numbers, numbers < MOST_NUMBERS

@@ -167,7 +167,7 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     phases, plane_height, pitch = cost.planes_size(images.shape[2], wide, *spatial)
     plane = plane_height * pitch
     numbers = kernel[1] * phases * operands.in_channels * plane
-    direct = _is_read_as_it_lies(images, operands)
+    direct = cost.is_read_as_it_lies(kernel, stride, padding, high * wide)
     step = MOST_BLOCKS if direct else min(max(PLANES_BYTES // (2 * numbers), 1), MOST_BLOCKS)
     for first in range(0, len(out), step):
         part, out_part = images[first : first + step].contiguous(), out[first : first + step].flatten(2)
@@ -230,13 +230,6 @@ def _lies_aligned(matrix: Tensor) -> bool:
 def _is_feature_major(tokens: Tensor) -> bool:
     """Whether each feature is a row of whole aligned copies, and no token is."""
     return tokens.stride(1) != 1 and _lies_aligned(tokens.t())
-
-
-def _is_read_as_it_lies(images: Tensor, operands: Conv2dOperands) -> bool:
-    """Whether an image is a matrix of channels and pixels: each weight of its kernel meets every pixel."""
-    pixel = (operands.kernel_height, operands.kernel_width, operands.stride_height, operands.stride_width)
-    unpadded = (operands.padding_height, operands.padding_width) == (0, 0)
-    return pixel == (1, 1, 1, 1) and unpadded and images.shape[2] * images.shape[3] % ALIGNED == 0
 
 
 def _bias(operands: Operands) -> Tensor | None:
