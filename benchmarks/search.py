@@ -89,7 +89,7 @@ class Moves:
             undo.callback(setattr, owner, name, inner)
 
         with ExitStack() as undo:
-            wrap(exchange, "_balance", lambda values, *_: values.shape[0])
+            wrap(exchange, "_balance", lambda values, *_: len(values))
             wrap(exchange, "_move_rows", lambda _, order, *__: order.numel())
             wrap(problem.Blocks, "draw", lambda blocks, _, active: active.numel() * blocks.slots.shape[1])
             yield
@@ -237,7 +237,7 @@ def part_growth(matrices: dict[str, Tensor]) -> list[Row]:
         likely = seconds_of(exchange._likely, work.saliency, pattern)
         vectors = partial(problem.assign_vectors, pruned=True, draws=4)
         row: Row = {"shape": [height, width], "likely": likely}
-        row["annealing"] = (seconds_of(exchange._anneal_rows, [work], order) - likely) / 8
+        row["annealing"] = (seconds_of(exchange._anneal_rows, [work]) - likely) / 8
         row["rows"] = seconds_of(exchange._move_rows, [work], order, [index])
         row["vectors"] = seconds_of(vectors, work, order, index) / 4
         rows.append(row)

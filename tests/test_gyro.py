@@ -2,7 +2,9 @@ import itertools
 import os
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from safetensors.torch import load, save
 from benchmarks.optimum import best_retained, groupings
 from lightning_hinm.gyro import SMALL, _sum_of_largest, gyro_permute, search, search_shared
 from lightning_hinm.gyro.cache import fingerprint
-from lightning_hinm.gyro.exchange import _balance, _likely, _sums
+from lightning_hinm.gyro.exchange import SHARE, _anneal_rows, _balance, _cool, _kept, _likely, _pruned_runs, _sums
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
     Blocks,
@@ -210,7 +212,7 @@ def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, prun
     points = torch.rand(2, 4 * m, 3, generator=seeded(seed)) ** 3
     slots = torch.stack([torch.randperm(4 * m, generator=seeded(seed))[: 2 * m] for _ in range(2)]).unflatten(1, (2, m))
     free = torch.ones(2, 4 * m, dtype=torch.bool).scatter(1, slots.flatten(1), False)
-    blocks = Blocks(points, slots, free if pruned else None, most)
+    blocks = Blocks(points, slots, free if pruned else None, most, aged=pruned)
 
     def worth() -> torch.Tensor:
         groups = points[torch.arange(2).view(2, 1, 1), blocks.slots]  # [2, G, m, V]
@@ -231,42 +233,174 @@ def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, prun
         assert torch.equal(held, slots.flatten(1).sort(dim=1).values)
 
 
+@pytest.mark.parametrize("aged", [False, True])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_mostly_the_vector_that_came_long_ago_is_drawn_but_by_the_paper_any(pruned):
+def test_mostly_the_vector_that_came_long_ago_is_drawn_but_by_the_paper_any(pruned, aged):
     points = torch.rand(1, 900, 3, generator=seeded())
     slots = torch.randperm(900, generator=seeded())[:800].view(1, 200, 4)
     free = torch.ones(1, 900, dtype=torch.bool).scatter(1, slots.flatten(1), False) if pruned else None
-    blocks = Blocks(points, slots, free, 200)
+    blocks = Blocks(points, slots, free, 200, aged=aged)
     blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.0, window=None)), torch.tensor([0]))
     left = blocks.slots[0, :, :3]  # the others in the order in which they came, and what came now behind them
     same = torch.cat((slots[0, :, :3] == left, torch.zeros(200, 1, dtype=torch.bool)), dim=1)
     drawn = same.int().argmin(dim=1)  # the first place where they differ
     assert torch.equal(slots[0][torch.arange(4) != drawn.unsqueeze(1)].view(200, 3), left)
     counts = torch.bincount(drawn, minlength=4).tolist()
-    if pruned:
+    if aged:
         assert counts[0] > 2 * counts[1] > 4 * counts[2] > 0
     else:
         assert min(counts) > 35
 
 
+@pytest.mark.parametrize(("groups", "failed", "expected"), [(2, 256, 128), (64, 256, 4), (2, 0, 4)])
+def test_few_groups_may_fail_more_often_before_a_search_ends(groups, failed, expected, monkeypatch):
+    points, slots = torch.rand(1, 4 * groups, 3), torch.arange(4 * groups).view(1, groups, 4)
+    draws = []
+    monkeypatch.setattr(Blocks, "draw", lambda *_: draws.append(1) or (torch.zeros(1), torch.ones(1)))
+    blocks = Blocks(points, slots, None, 64, aged=True)
+    blocks.assign(problem(points[0].t(), HiNMPattern(3, 0.0)), None, 1e-6, failed)
+    assert len(draws) == expected
+
+
+@pytest.mark.parametrize("vector_sparsity", [0.0, 0.5])
+def test_columns_are_elected_only_where_a_tile_prunes_some(vector_sparsity, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        "lightning_hinm.gyro.problem.joined_values",
+        lambda rest, columns, n: shapes.append((rest.shape[1], columns.shape[1])) or joined_values(rest, columns, n),
+    )
+    monkeypatch.setattr("lightning_hinm.gyro.SMALL", 0)  # the paper's loop elects none
+    search(structured(32, 48), HiNMPattern(32, vector_sparsity), method="exchange")
+    assert {columns > groups for groups, columns in shapes} == {vector_sparsity > 0}
+
+
+@pytest.mark.parametrize("pattern", [HiNMPattern(16, 0.0), HiNMPattern(96, 0.0), HiNMPattern(96, 0.5)])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_no_row_is_annealed_exchange_is_no_worse_than_gyro(pattern, seed):
+    saliency = torch.rand(96, 256, generator=seeded(seed)) ** 3
+    assert saliency.numel() > SMALL  # else the paper's loop is run too
+    found = [search(saliency, pattern, method=method).retained for method in ("exchange", "gyro")]
+    assert found[0] >= found[1]
+
+
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 999))
 def test_every_tile_takes_as_many_rows_as_it_has_places(tiles, v, seed):
-    size = torch.full((tiles,), v)
+    size = np.full(tiles, v)
     size[seed % tiles] = 1 + seed % v  # the short one
-    values = torch.rand(int(size.sum()), tiles, generator=seeded(seed))
+    values = torch.rand(int(size.sum()), tiles, generator=seeded(seed)).numpy()
     values[:, 0] += 10 * (seed % 2)  # all rows want the same tile
-    prices = torch.zeros(tiles + 2)
-    tile = _balance(values, size, prices, torch.arange(tiles), torch.tensor(0.2))
-    assert torch.equal(torch.bincount(tile, minlength=tiles), size)
-    assert prices[tiles:].eq(0).all()
+    tile = _balance(values, size, np.zeros(tiles, np.float32), 0.2)
+    assert np.array_equal(np.bincount(tile, minlength=tiles), size)
+
+
+def test_a_crowded_tile_keeps_the_rows_that_want_it_most_and_grows_dearer():
+    values = np.array([[5, 0, 0], [9, 0, 3], [4, 3, 0], [1, 0, 0], [0, 8, 0], [0, 0, 2]], np.float32)
+    price = np.zeros(3, np.float32)
+    tile = _balance(values, np.array([2, 2, 2]), price, 1.0)
+    # Four rows want the first: of those that must go, the one that likes the second goes there.
+    assert tile.tolist() == [0, 0, 1, 2, 1, 2]
+    assert price.tolist() == [1, -0.5, -0.5]
+    many = _balance(np.tile(values[:1], (30, 1)), np.array([10, 10, 10]), price, 1.0)
+    assert np.bincount(many).tolist() == [10, 10, 10]
+    assert price[0] == 2.0  # never by more than the rate
+
+
+def test_rows_that_go_elsewhere_are_assigned_in_parts_no_larger_than_one_problem_takes(monkeypatch):
+    values = torch.rand(60, 4, generator=seeded()).numpy()
+    values[:, 0] += 1
+    sizes = []
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.ROWS", 7)
+    monkeypatch.setattr(
+        "lightning_hinm.gyro.exchange.assign", lambda parts: sizes.append(parts[0].shape) or assign(parts)
+    )
+    tile = _balance(values, np.full(4, 15), np.zeros(4, np.float32), 0.2)
+    assert np.bincount(tile).tolist() == [15, 15, 15, 15]
+    assert sizes == [(7, 7)] * 6 + [(3, 3)]
 
 
 def test_the_sums_of_tiles_are_those_of_their_rows_here_and_elsewhere():
-    saliency, own = torch.rand(9, 5, generator=seeded()), torch.tensor([2, 0, 0, 2, 3, 2, 0, 3, 3])
+    saliency, own = torch.rand(9, 5, generator=seeded()), np.array([2, 0, 0, 2, 3, 2, 0, 3, 3])
     expected = torch.stack([saliency[own == tile].sum(dim=0) for tile in range(4)])  # one has no rows
     torch.testing.assert_close(_sums(saliency, own, 4), expected)
     with Elsewhere():
-        torch.testing.assert_close(_sums(elsewhere(saliency), elsewhere(own), 4).cpu(), expected)
+        torch.testing.assert_close(_sums(elsewhere(saliency), own, 4).cpu(), expected)
+
+
+@pytest.mark.parametrize("pattern", [HiNMPattern(2, 0.5, window=8), HiNMPattern(2, 0.75, 1, 2), HiNMPattern(2, 0.0)])
+def test_a_tile_keeps_the_columns_with_the_largest_sums_of_each_run_here_and_elsewhere(pattern):
+    sums = torch.rand(3, 42, generator=seeded())
+    runs = _pruned_runs(pattern, 42)
+    expected = torch.zeros_like(sums)
+    for first, last in pattern.runs(42):
+        best = sums[:, first:last].argsort(dim=1, descending=True)[:, : pattern.kept_of_run(last - first)]
+        expected.scatter_(1, best + first, 1.0)
+    assert torch.equal(_kept(sums, runs), expected)
+    with Elsewhere():
+        assert torch.equal(_kept(elsewhere(sums), runs).cpu(), expected)
+
+
+def test_large_kinds_of_rows_come_together_as_suits_them_best():
+    # Four kinds of 16 rows; the first two like almost the same columns, and so do the last two.
+    likes = torch.zeros(4, 64)
+    for kind, columns in enumerate([range(0, 32), range(4, 36), range(36, 64), range(32, 60)]):
+        likes[kind, list(columns)] = 1.0
+    kinds = torch.arange(64) % 4
+    pattern, hits = HiNMPattern(32, 0.5), 0
+    for seed in range(6):
+        saliency = likes[kinds] + 0.2 * torch.rand(64, 64, generator=seeded(seed))
+        order = search(saliency, pattern, generator=seeded(seed)).layout.output_order
+        hits += kinds[order[:32]].unique().tolist() in ([0, 1], [2, 3])
+    assert hits == 6
+
+
+def test_the_best_of_several_short_annealings_is_annealed_further(monkeypatch):
+    work, started = problem(torch.rand(8, 16, generator=seeded()), HiNMPattern(2)), []
+
+    def cool(rows, clock, rounds, first, last, share):
+        started.append((rounds, first, last, rows.tile, rows.price))
+        rows.price = rows.price + len(started)
+
+    monkeypatch.setattr("lightning_hinm.gyro.exchange._cool", cool)
+    worths = iter([1.0, 3.0, 2.0, 3.0, 0.0])
+    monkeypatch.setattr("lightning_hinm.gyro.exchange._Rows.worth", lambda rows: next(worths))
+    order = _anneal_rows([work])
+    *short, last = started
+    assert [each[:3] for each in short] == [(20, 2.0, 0.5)] * 5
+    assert len({each[3].tobytes() for each in short}) == 5
+    assert not any(each[4].any() for each in short)  # none takes over the prices of another
+    assert last[:3] == (150, 0.5, 0.1)
+    assert np.array_equal(last[3], short[1][3])
+    assert (last[4] == 2).all()
+    assert torch.equal(order, torch.from_numpy(last[3]).argsort(stable=True))
+
+
+def test_a_matrix_with_few_rounds_is_annealed_once_from_hot_to_cold(monkeypatch):
+    started = []
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.WORK", 0)
+    monkeypatch.setattr("lightning_hinm.gyro.exchange._cool", lambda *options: started.append(options[2:]))
+    _anneal_rows([problem(torch.rand(8, 16, generator=seeded()), HiNMPattern(2))])
+    assert started == [(24, 2.0, 0.1, 1.0)]
+
+
+def test_noise_falls_from_first_to_last_and_ends_and_falls_faster_where_time_is_short():
+    noises = []
+    rows = SimpleNamespace(move=noises.append)
+    _cool(rows, Clock(None), 10, 2.0, 0.5, 1.0)
+    assert noises == pytest.approx([2.0 * 0.25 ** (i / 8) for i in range(1, 8)] + [0.0] * 3)
+    noises.clear()
+
+    class Short:  # a quarter of the time for each round
+        ended, rounds = False, 0
+
+        @property
+        def used(self) -> float:
+            self.rounds += 1
+            return SHARE * (0.1 + 0.3 * (self.rounds - 1) / 4)
+
+    clock = Short()
+    _cool(rows, clock, 10, 2.0, 0.5, 0.4)
+    assert noises == pytest.approx([2.0 * 0.25 ** (done / 0.8) for done in (0.25, 0.5, 0.75)] + [0.0])
+    assert clock.ended
 
 
 def test_what_likely_survives_is_the_saliency_itself_where_nothing_is_pruned_within_groups():
@@ -482,7 +616,9 @@ def test_a_search_elsewhere_finds_the_same_and_sends_nothing_back_but_assignment
     assert (away.retained, away.gap_closed) == (here.retained, here.gap_closed)
     answer = [tuple(here.layout.output_order.shape), tuple(here.layout.vector_index.shape)]
     rest = Counter(device.left) - Counter([*answer, *[()] * device.left.count(())])
-    assert all(len(size) == 2 and size[0] == size[1] <= max(shape) for size in rest)
+    rows = shape[0] // groups
+    of_rows = (rows, -(-rows // pattern.vector_size))  # what each is worth in each tile
+    assert all(size == of_rows or size[0] == size[1] <= max(shape) for size in rest)
     assert (method == "identity") == (not rest)
 
 

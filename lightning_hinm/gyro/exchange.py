@@ -8,27 +8,35 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hinm.gyro.problem import Problem, assign, assign_vectors, row_values
+from lightning_hinm.gyro.problem import GROUPS, Clock, Problem, assign, assign_vectors, row_values
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.pattern import HiNMPattern
 
-# Annealing: rounds, those of them that are noisy, and the noise of the first and the last noisy one, in standard
-# deviations of what a row is worth in a tile.
-ROUNDS, NOISY, HOT, COLD = 150, 0.8, 1.0, 0.1
+Array = np.ndarray[Any, Any]
+
+# Annealing: all rounds, the share of them that is for short annealings, and the rounds of a short one.
+ROUNDS, STARTING, QUICK_ROUNDS = 250, 0.4, 20
+# The noise of the first round, that with which the best is annealed further, and that of the last noisy round, in
+# standard deviations of what a row is worth in a tile; the rounds that are noisy.
+HOT, WARM, COLD, NOISY = 2.0, 0.5, 0.1, 0.8
 # Multiply-adds that all rounds may cost together: fewer rounds for a larger matrix, but never fewer than this.
-WORK, FEWEST = 1 << 40, 24
+WORK, FEWEST = 1 << 38, 24
 # Tiles among which a round moves rows: larger matrices are dealt out anew in every round, so that a round's cost grows
 # like the matrix.
 TILES = 64
-# Steps that find the tiles' prices in a round; each begins with the prices of the round before.
-PRICE_STEPS, PRICE_RATE = 3, 0.2
+# How far a tile's price moves in a round, in spreads of what rows are worth, where it has twice the rows it takes.
+PRICE_RATE = 0.15
 # Rows that one exact transport problem takes: its cost is cubic.
-ROWS = 512
+ROWS = 256
 # After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little.
-TURNS, DRAWS, LEAST = 2, 12, 5e-5
+# At the end so many draws of a single group may fail in a row: few groups are soon drawn often.
+TURNS, DRAWS, LEAST, FAILED = 6, 8, 5e-5, 256
+# Where no rows are annealed, all that there is to gain is in these.
+TURNS_ALONE, LEAST_ALONE, FAILED_ALONE = 12, 1e-6, 2048
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
 QUICK, QUICK_LEAST = 96, 2e-4
 # The annealing's share of a time budget.
@@ -38,18 +46,21 @@ SHARE = 0.35
 def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Rows to tiles first, then vectors to groups, then both in turn, and vectors last: one order, an index of each."""
     first = problems[0]
-    if first.output_order is None and indices[0].shape[0] > 1:
-        # Where all vectors are kept, all tiles keep the same columns, and no row prefers one.
-        if any(problem.pattern.vector_sparsity > 0 for problem in problems):
-            order = _anneal_rows(problems, first.shuffled(order.numel()))
-            indices = [choose_vectors(problem.saliency, problem.pattern, order) for problem in problems]
-        for _ in range(TURNS):
-            indices = _assign_all(problems, order, indices, draws=DRAWS, most=QUICK)
-            if first.clock.expired():
-                break
-            order = _move_rows(problems, order, indices)
-    indices = _assign_all(problems, order, indices, least=QUICK_LEAST, most=QUICK)
-    return order, _assign_all(problems, order, indices, least=LEAST)
+    free = first.output_order is None and indices[0].shape[0] > 1  # rows can go elsewhere
+    # Where all vectors are kept, all tiles keep the same columns, and no row prefers one.
+    annealed = free and any(problem.pattern.vector_sparsity > 0 for problem in problems)
+    if annealed:
+        order = _anneal_rows(problems)
+        indices = [choose_vectors(problem.saliency, problem.pattern, order) for problem in problems]
+    turns, most = (TURNS, QUICK) if annealed else (TURNS_ALONE, GROUPS)
+    for _ in range(turns if free else 0):
+        indices = _assign_all(problems, order, indices, draws=DRAWS, most=most)
+        if first.clock.expired():
+            break
+        order = _move_rows(problems, order, indices)
+    indices = _assign_all(problems, order, indices, least=QUICK_LEAST, most=most)
+    least, failed = (LEAST, FAILED) if annealed else (LEAST_ALONE, FAILED_ALONE)
+    return order, _assign_all(problems, order, indices, least=least, failed=failed)
 
 
 def _assign_all(problems: Sequence[Problem], order: Tensor, indices: list[Tensor], **options: Any) -> list[Tensor]:
@@ -62,53 +73,113 @@ def _assign_all(problems: Sequence[Problem], order: Tensor, indices: list[Tensor
     return assigned
 
 
-def _anneal_rows(problems: Sequence[Problem], order: Tensor) -> Tensor:
-    """Each tile keeps its best columns, each row goes where these suit it best, with ever less noise.
+def _anneal_rows(problems: Sequence[Problem]) -> Tensor:
+    """An order of rows, by annealing: several short ones from random orders first, and a long one from the best.
 
-    Groups do not exist yet, so the sums are those of a stand-in for what survives n:m.
+    Which large kinds of rows share a tile is settled while it is hot, by luck as much as by merit, and stays so.
     """
-    problem, v = problems[0], problems[0].pattern.vector_size  # the first has the randomness and the clock of all
-    saliencies = [_likely(problem.saliency, problem.pattern) for problem in problems]
-    rows, tiles = order.numel(), -(-order.numel() // v)
-    weights = sum(saliency.numel() for saliency in saliencies)
-    rounds = max(min(ROUNDS, WORK // (weights * min(tiles, TILES))), FEWEST)
-    prices = torch.zeros(tiles, device=order.device)
-    tile = torch.empty_like(order)  # of each row
-    tile[order] = torch.arange(rows, device=order.device) // v
-    size = torch.bincount(tile, minlength=tiles)  # the last may be short
-    every = torch.arange(tiles, device=order.device)
-    for i in range(rounds):
-        if problem.clock.expired():
+    rows, clock = _Rows(problems), problems[0].clock
+    rounds = max(min(ROUNDS, WORK // (rows.weights * min(len(rows.size), TILES))), FEWEST)
+    starts = int(rounds * STARTING) // QUICK_ROUNDS
+    best = -1.0, rows.tile, rows.price
+    for start in range(starts):
+        if start and clock.used / SHARE * (start + 1) / start > STARTING:  # there is no time for one more
             break
-        done, used = (i + 1) / rounds, problem.clock.used / SHARE
-        if used > done:  # cool faster: there is no time for all rounds
-            problem.clock.ended, done = True, used
+        rows.deal()
+        _cool(rows, clock, QUICK_ROUNDS, HOT, WARM, STARTING)
+        best = max(best, (rows.worth(), rows.tile, rows.price), key=lambda each: each[0])
+    _, rows.tile, rows.price = best
+    _cool(rows, clock, rounds - starts * QUICK_ROUNDS, WARM if starts else HOT, COLD, 1.0)
+    return rows.order()
+
+
+def _cool(rows: "_Rows", clock: Clock, rounds: int, first: float, last: float, share: float) -> None:
+    """Moves rows with ever less noise, from ``first`` to ``last`` and then none; faster if there is no time.
+
+    Args:
+        rows: what is annealed.
+        clock: that of all.
+        rounds: so many, if the budget allows.
+        first: noise, in spreads of what a row is worth in a tile.
+        last: the least noise.
+        share: of the annealing's time, when it ends.
+    """
+    begun = clock.used / SHARE
+    for i in range(rounds):
+        done, used = (i + 1) / rounds, (clock.used / SHARE - begun) / max(share - begun, 1e-9)
+        if used > done:
+            clock.ended, done = True, used
         if done > 1:
             break
-        noise = HOT * (COLD / HOT) ** (done / NOISY) if done < NOISY else 0.0
-        for block in problem.shuffled(tiles).split(TILES) if tiles > TILES else [every]:
+        rows.move(first * (last / first) ** (done / NOISY) if done < NOISY else 0.0)
+
+
+class _Rows:
+    """The tile of each row, and what a place in each tile costs.
+
+    Groups do not exist yet, so tiles keep columns by a stand-in for what survives n:m. What rows are worth in tiles is
+    brought to the CPU: so small a matrix is dealt with there in a fraction of the time.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problem = problems[0]  # the first has the randomness and the clock of all
+        self.saliencies = [_likely(problem.saliency, problem.pattern) for problem in problems]
+        self.runs = [_pruned_runs(problem.pattern, problem.saliency.shape[1]) for problem in problems]
+        self.weights = sum(saliency.numel() for saliency in self.saliencies)
+        self.owner = np.arange(len(problems[0].saliency)) // problems[0].pattern.vector_size  # of each place
+        self.size = np.bincount(self.owner)  # the last may be short
+        self.deal()
+
+    def deal(self) -> None:
+        """Rows to tiles at random."""
+        self.tile = self.owner[torch.randperm(len(self.owner), generator=self.problem.generator).numpy()]
+        self.price = np.zeros(len(self.size), np.float32)
+
+    def order(self) -> Tensor:
+        return torch.from_numpy(self.tile).to(self.problem.saliency.device).argsort(stable=True)
+
+    def worth(self) -> float:
+        """What all tiles keep."""
+        sums = (_sums(saliency, self.tile, len(self.size)) for saliency in self.saliencies)
+        return sum(
+            float((of_tiles * _kept(of_tiles, runs)).sum()) for of_tiles, runs in zip(sums, self.runs, strict=True)
+        )
+
+    def move(self, noise: float) -> None:
+        """Each tile keeps its best columns, each row goes where these suit it best, inside blocks of tiles."""
+        tiles, self.tile, self.price = len(self.size), self.tile.copy(), self.price.copy()
+        blocks = [np.arange(tiles)]
+        if tiles > TILES:
+            blocks = [block.numpy() for block in torch.randperm(tiles, generator=self.problem.generator).split(TILES)]
+        for block in blocks:
             inside: Any = slice(None)
-            parts, own = saliencies, tile
-            if tiles > TILES:
-                place = torch.full_like(size, -1).index_copy_(0, block, every[: len(block)])[tile]
-                inside = (place >= 0).nonzero()[:, 0]  # the rows of the block
-                parts, own = [saliency[inside] for saliency in saliencies], place[inside]
-            kept = (_kept(_sums(part, own, len(block)), one.pattern) for part, one in zip(parts, problems, strict=True))
+            parts, own = self.saliencies, self.tile
+            if len(blocks) > 1:
+                place = np.full(tiles, -1)
+                place[block] = np.arange(len(block))
+                inside = np.flatnonzero(place[self.tile] >= 0)  # the rows of the block
+                own = place[self.tile[inside]]
+                index = torch.from_numpy(inside).to(self.saliencies[0].device)
+                parts = [saliency[index] for saliency in self.saliencies]
+            kept = (_kept(_sums(part, own, len(block)), runs) for part, runs in zip(parts, self.runs, strict=True))
             # Transposed, because a product of few rows is faster than one of few columns.
             worth = (of_tiles @ part.t() for part, of_tiles in zip(parts, kept, strict=True))
-            values = reduce(torch.add, worth).t().contiguous()
-            values -= values.mean(dim=1, keepdim=True)  # what a row is worth everywhere decides nothing
-            spread = values.double().std(correction=0).to(values.dtype)
-            values += noise * spread * problem.noise(*values.shape)
-            moved = block[_balance(values, size[block], prices, block, PRICE_RATE * spread)]
-            tile[inside] = moved
-        if problem.due:
-            problem.tell(tile.argsort(stable=True))
-    return tile.argsort(stable=True)
+            values = reduce(torch.add, worth).t().contiguous().cpu().numpy()
+            values -= values.mean(axis=1, keepdims=True)  # what a row is worth everywhere decides nothing
+            spread = float(np.square(values).mean(dtype=np.float64) ** 0.5)
+            if noise:  # uniform; its mean, which all tiles get, decides nothing either
+                random = torch.rand(values.shape, generator=self.problem.generator)
+                torch.from_numpy(values).add_(random, alpha=noise * spread * 12**0.5)
+            price = self.price[block]
+            self.tile[inside] = block[_balance(values, self.size[block], price, PRICE_RATE * spread)]
+            self.price[block] = price
+        if self.problem.due:
+            self.problem.tell(self.order())
 
 
-def _sums(saliency: Tensor, own: Tensor, count: int) -> Tensor:
-    """The column sums of each tile, ``[count, I]``, of which ``own`` says whose each row is."""
+def _sums(saliency: Tensor, tile: Array, count: int) -> Tensor:
+    """The column sums of each tile, ``[count, I]``; ``tile`` says whose each row is."""
+    own = torch.from_numpy(tile).to(saliency.device)
     if saliency.device.type == "cpu":  # many times as fast; a GPU would add in any order
         return saliency.new_zeros(count, saliency.shape[1]).index_add_(0, own, saliency)
     return (torch.arange(count, device=own.device).unsqueeze(1) == own).to(saliency.dtype) @ saliency
@@ -129,48 +200,60 @@ def _likely(saliency: Tensor, pattern: HiNMPattern) -> Tensor:
     return likely.mul_(saliency)
 
 
-def _kept(sums: Tensor, pattern: HiNMPattern) -> Tensor:
-    """1.0 for the columns with the largest sums in each tile, run by run, else 0.0: ``[T, I]``."""
-    kept = torch.zeros_like(sums)
-    for first, columns, count in pattern.equal_runs(sums.shape[1]):
+def _pruned_runs(pattern: HiNMPattern, in_features: int) -> list[tuple[int, int, int, int]]:
+    """``HiNMPattern.equal_runs``, each with the columns that it prunes."""
+    runs = pattern.equal_runs(in_features)
+    return [(*run, max(run[1] - pattern.kept_of_run(run[1]), 0)) for run in runs]
+
+
+def _kept(sums: Tensor, runs: list[tuple[int, int, int, int]]) -> Tensor:
+    """1.0 for the columns with the largest sums in each tile, run by run, and for what equals the last, else 0.0."""
+    kept = torch.empty_like(sums)
+    for first, columns, count, pruned in runs:
         of_runs, marked = (
             each[:, first : first + columns * count].unflatten(1, (count, columns)) for each in (sums, kept)
         )
-        best = of_runs.topk(min(pattern.kept_of_run(columns), columns), dim=2, sorted=False).indices
-        marked.scatter_(2, best, 1.0)
+        torch.ge(of_runs, _smallest(of_runs, pruned), out=marked)
     return kept
 
 
-def _balance(values: Tensor, size: Tensor, prices: Tensor, block: Tensor, rate: Tensor) -> Tensor:
+def _smallest(values: Tensor, rank: int) -> Tensor:
+    """Along the last dimension the value with ``rank`` values below it, ``[..., 1]``."""
+    if values.device.type == "cpu":  # several times as fast
+        return torch.from_numpy(np.partition(values.numpy(), rank, axis=-1)[..., rank, None])
+    return values.topk(values.shape[-1] - rank, sorted=False).values.amin(dim=-1, keepdim=True)
+
+
+def _balance(values: Array, size: Array, price: Array, rate: float) -> Array:
     """A tile for each row that nearly maximises the sum of ``values`` ``[rows, tiles]``, ``size`` rows in each tile.
 
     Every row takes the tile with the largest value less the tile's price; prices of crowded tiles rise. The few rows
     that a tile then has too many are assigned to the places left over.
 
     Args:
-        values: of each row in each tile of the block.
-        size: int64, rows that each tile takes.
-        prices: of all tiles; those of the block are moved in place.
-        block: the tiles.
+        values: of each row in each tile.
+        size: rows that each tile takes.
+        price: of each tile, moved in place.
         rate: how far a price moves at first.
     """
-    price, count = prices[block], len(block)
-    for step in range(PRICE_STEPS):
-        crowd = torch.bincount((values - price).argmax(dim=1), minlength=count) / size - 1
-        price = price + rate * crowd.clamp(max=1) * (1 - step / PRICE_STEPS)
-    prices[block] = price
-    worth = values - price
-    best, tile = worth.max(dim=1)
-    margin = best - worth.scatter(1, tile.unsqueeze(1), float("-inf")).max(dim=1).values
-    taken = torch.bincount(tile, minlength=count)
-    attached = margin / (2 * margin.max()).clamp(min=torch.finfo(margin.dtype).tiny)  # at most a half
-    by_tile = (tile - attached).argsort(stable=True)  # the rows of each tile, the most attached first
-    owner = tile[by_tile]
-    place = torch.arange(len(tile), device=tile.device) - (taken.cumsum(0) - taken)[owner]
-    over = by_tile[place >= size[owner]]
-    left = torch.arange(count, device=tile.device).repeat_interleave((size - taken).clamp(min=0))
-    # So many have no preference worth an assignment: all values are alike.
-    tile[over] = left if over.numel() > ROWS else left[assign([worth[over][:, left]])[0]]
+    count, worth = len(size), values - price
+    tile = worth.argmax(axis=1)
+    taken = np.bincount(tile, minlength=count)
+    price += (rate * (taken / size - 1).clip(max=1)).astype(np.float32)
+    crowded = np.flatnonzero((taken > size)[tile])  # rows
+    owner, others = tile[crowded], worth[crowded]
+    best = others[np.arange(crowded.size), owner]
+    others[np.arange(crowded.size), owner] = -np.inf
+    attached = best - others.max(axis=1, initial=-np.inf)
+    by_tile = np.lexsort((-attached, owner))  # the rows of each crowded tile, the most attached first
+    owner = owner[by_tile]
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    place = np.arange(crowded.size) - first.repeat(taken[owner[first]])
+    over = crowded[by_tile[place >= size[owner]]]
+    left = np.arange(count).repeat((size - taken).clip(min=0))
+    for some in range(0, over.size, ROWS):
+        rows, places = over[some : some + ROWS], left[some : some + ROWS]
+        tile[rows] = places[assign([torch.from_numpy(worth[rows][:, places])])[0].numpy()]
     return tile
 
 

@@ -23,7 +23,7 @@ RETRIES = 4
 # Elements of the largest temporary: blocks are searched in batches of this size.
 BATCH = 1 << 25
 # Groups that one assignment takes at most, unless it shall be quick.
-GROUPS = 256
+GROUPS = 512
 # Numbers of the matrices that several threads solve sooner than one.
 PARALLEL = 1 << 18
 # What each later arrival puts a column off being drawn, beside noise of 1: twice in a row it could only go back.
@@ -175,6 +175,7 @@ def assign_vectors(
     draws: int | None = None,
     least: float = 1e-6,
     most: int = GROUPS,
+    failed: int = 0,
 ) -> Tensor:
     """Draw one vector of every group of a tile and assign them to the groups anew, as long as that gains.
 
@@ -186,6 +187,7 @@ def assign_vectors(
         draws: at most so many; None for as many as it takes until ``RETRIES`` in a row are no gain.
         least: what counts as a gain, as a fraction of what the tile retains.
         most: groups that one assignment takes: the cost of a draw grows with its square, the gain far less.
+        failed: draws of a single group that may fail in a row, if these are more: few groups are soon drawn often.
 
     Returns:
         The new index, ``[T, P]``.
@@ -204,7 +206,8 @@ def assign_vectors(
         own_slots = index[:, start : start + count * kept].unflatten(1, (count, kept))  # a view
         slots = own_slots[:, :, :held]  # [T, runs, held]
         start += count * kept
-        if not groups or not (pruned or groups > 1):
+        elect = pruned and held < columns
+        if not groups or (groups == 1 and not elect):
             continue
         size = min(groups, most)
         at_once = max(BATCH // (groups * (2 * size + m * v) + columns * v), 1)  # blocks
@@ -220,8 +223,9 @@ def assign_vectors(
             if problem.within is not None:
                 free = _blocks(problem.within[:, begin:end], part, v, columns).any(dim=1)
             free.scatter_(1, local, False)
-            blocks = Blocks(points, local[:, : groups * m].unflatten(1, (groups, m)), free if pruned else None, most)
-            blocks.assign(problem, draws, least)
+            members = local[:, : groups * m].unflatten(1, (groups, m))
+            blocks = Blocks(points, members, free if elect else None, most, aged=pruned)
+            blocks.assign(problem, draws, least, failed)
             own[:, :, : groups * m] = blocks.slots.flatten(1).unflatten(0, own.shape[:2]) + offset
             problem.tell(order, index)
     return index
@@ -240,17 +244,19 @@ class Blocks:
         slots: int64 ``[B, G, m]``, the columns that each group holds.
         free: bool ``[B, W]``, pruned columns that may be chosen; None if none may.
         most: groups that one assignment takes.
+        aged: vectors are drawn by age.
     """
 
-    def __init__(self, points: Tensor, slots: Tensor, free: Tensor | None, most: int) -> None:
-        self.points, self.slots, self.free, self.most = points, slots.clone(), free, most
+    def __init__(self, points: Tensor, slots: Tensor, free: Tensor | None, most: int, *, aged: bool) -> None:
+        self.points, self.slots, self.free, self.most, self.aged = points, slots.clone(), free, most, aged
         self.sums = points.sum(dim=2)  # [B, W]
 
-    def assign(self, problem: Problem, draws: int | None, least: float) -> None:
+    def assign(self, problem: Problem, draws: int | None, least: float, failed: int = 0) -> None:
         """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``."""
+        retries = max(RETRIES, failed // self.slots.shape[1])
         failures = torch.zeros(len(self.slots), dtype=torch.int64, device=self.slots.device)
         while draws is None or draws > 0:
-            active = (failures < RETRIES).nonzero()[:, 0]
+            active = (failures < retries).nonzero()[:, 0]
             if not active.numel() or problem.clock.expired():
                 return
             gain, worth = self.draw(problem, active)
@@ -269,7 +275,7 @@ class Blocks:
         dealt = problem.noise(len(active), groups).argsort(dim=1)[:, : deals * size]
         # A group holds its columns in the order in which they came: mostly the one that came long ago is drawn.
         turn = problem.noise(len(active), deals * size, m)
-        if self.free is not None:
+        if self.aged:
             turn += AGE * torch.arange(m, device=turn.device)
         first = turn.argmin(dim=2, keepdim=True)
         others = torch.arange(m - 1, device=turn.device)
