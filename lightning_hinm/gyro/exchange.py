@@ -234,7 +234,7 @@ def _balance(values: Array, size: Array, price: Array, rate: float) -> Array:
         values: of each row in each tile.
         size: rows that each tile takes.
         price: of each tile, moved in place.
-        rate: how far a price moves at first.
+        rate: how far a price moves at most.
     """
     count, worth = len(size), values - price
     tile = worth.argmax(axis=1)

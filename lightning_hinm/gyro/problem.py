@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from lightning_hinm.mask import choose_vectors, tile_rows
 from lightning_hinm.pattern import HiNMPattern
 
-# A draw that gains nothing says little about the next one: a search of draws ends after this many failures in a row.
+# A draw that gains nothing says little about the next one: a search of draws ends after so many failures in a row.
 RETRIES = 4
 # Elements of the largest temporary: blocks are searched in batches of this size.
 BATCH = 1 << 25
