@@ -374,6 +374,15 @@ def test_the_best_of_several_short_annealings_is_annealed_further(monkeypatch):
     assert torch.equal(order, torch.from_numpy(last[3]).argsort(stable=True))
 
 
+def test_a_start_that_there_is_no_time_for_is_left_out_and_that_is_said(monkeypatch):
+    work, started = replace(problem(torch.rand(8, 16), HiNMPattern(2)), clock=Clock(1000.0)), []
+    monkeypatch.setattr("lightning_hinm.gyro.exchange._cool", lambda *options: started.append(options[3:5]))
+    monkeypatch.setattr(Clock, "used", SHARE * 0.3)  # by one start
+    _anneal_rows([work])
+    assert started == [(2.0, 0.5), (0.5, 0.1)]
+    assert work.clock.ended
+
+
 def test_a_matrix_with_few_rounds_is_annealed_once_from_hot_to_cold(monkeypatch):
     started = []
     monkeypatch.setattr("lightning_hinm.gyro.exchange.WORK", 0)

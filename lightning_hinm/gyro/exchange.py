@@ -84,6 +84,7 @@ def _anneal_rows(problems: Sequence[Problem]) -> Tensor:
     best = -1.0, rows.tile, rows.price
     for start in range(starts):
         if start and clock.used / SHARE * (start + 1) / start > STARTING:  # there is no time for one more
+            clock.ended = True
             break
         rows.deal()
         _cool(rows, clock, QUICK_ROUNDS, HOT, WARM, STARTING)
