@@ -53,6 +53,7 @@ ONLY_IN: dict[str, set[str]] = {
     "jsonargparse": {"__main__"},
     "lightning": {"__main__", "callback"},
     "matplotlib": set(),
+    "numpy": {"gyro"},
     "pytorch_lightning": set(),
     "safetensors": {"format", "gyro"},
     "scipy": {"gyro"},
