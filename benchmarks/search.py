@@ -59,7 +59,7 @@ def minilm() -> dict[str, Tensor]:
     weights = load(read_member(*MODEL))
     return {
         name.removeprefix("encoder.layer.").removesuffix(".weight"): weight.float().abs()
-        for name, weight in weights.items()
+        for name, weight in sorted(weights.items())
         if name.startswith("encoder.layer.") and weight.dim() == 2
     }
 

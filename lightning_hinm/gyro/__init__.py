@@ -297,13 +297,14 @@ def _search_rows(
             Problem(_scaled(saliency, len(pairs)), pattern, generator, clock, fixed, within, report)
             for saliency, pattern in pairs
         ]
-        if method == "gyro" or (sum(saliency.numel() for saliency in saliencies) <= SMALL and fixed is None):
-            candidates.append(gyro_paper(problems, first, chosen))
-        if method == "exchange" and not clock.expired():
+        if method == "exchange":
             rest = clock.share(1)  # a clock of its own: it shares out the time that is left
             timed = [replace(problem, clock=rest) for problem in problems]
             candidates.append(gyro_exchange(timed, first, chosen))
             clock.ended |= rest.ended
+        small = sum(saliency.numel() for saliency in saliencies) <= SMALL and fixed is None
+        if method == "gyro" or (small and not clock.expired()):
+            candidates.append(gyro_paper(problems, first, chosen))
     layouts = [
         [
             HiNMLayout(pattern, order, _ascending_groups(index, pattern))

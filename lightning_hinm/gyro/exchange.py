@@ -32,13 +32,14 @@ TILES = 64
 PRICE_RATE = 0.15
 # Rows that one exact transport problem takes: its cost is cubic.
 ROWS = 256
-# After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little.
-# At the end so many draws of a single group may fail in a row: few groups are soon drawn often.
+# After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little and
+# so many draws of a single group have failed in a row: few groups are soon drawn often.
 TURNS, DRAWS, LEAST, FAILED = 6, 8, 5e-5, 256
-# Where no rows are annealed, all that there is to gain is in these.
-TURNS_ALONE, LEAST_ALONE, FAILED_ALONE = 12, 1e-6, 2048
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
 QUICK, QUICK_LEAST = 96, 2e-4
+# Turns, groups of an assignment, least gain and failures where rows might move and are not annealed: all that there is
+# to gain is in these.
+ALONE = 12, GROUPS, 1e-6, 2048
 # The annealing's share of a time budget.
 SHARE = 0.35
 
@@ -52,14 +53,14 @@ def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tens
     if annealed:
         order = _anneal_rows(problems)
         indices = [choose_vectors(problem.saliency, problem.pattern, order) for problem in problems]
-    turns, most = (TURNS, QUICK) if annealed else (TURNS_ALONE, GROUPS)
+    alone = first.output_order is None and not annealed
+    turns, most, least, failed = ALONE if alone else (TURNS, QUICK, LEAST, FAILED)
     for _ in range(turns if free else 0):
         indices = _assign_all(problems, order, indices, draws=DRAWS, most=most)
         if first.clock.expired():
             break
         order = _move_rows(problems, order, indices)
     indices = _assign_all(problems, order, indices, least=QUICK_LEAST, most=most)
-    least, failed = (LEAST, FAILED) if annealed else (LEAST_ALONE, FAILED_ALONE)
     return order, _assign_all(problems, order, indices, least=least, failed=failed)
 
 
