@@ -548,6 +548,23 @@ def test_larger_matrices_deal_their_tiles_and_groups_out_to_several_problems(mon
     assert value(saliency, layout) > value(saliency, gyro_permute(saliency, pattern, method="gyro"))
 
 
+@pytest.mark.parametrize("budget", [None, 0.05])
+def test_small_matrices_are_searched_by_exchange_first_and_by_the_papers_loop_if_time_is_left(budget, monkeypatch):
+    called = []
+
+    def exchange(problems, order, indices):
+        called.append("exchange")
+        while budget is not None and not problems[0].clock.expired():
+            pass
+        return order, indices
+
+    monkeypatch.setattr("lightning_hinm.gyro.gyro_exchange", exchange)
+    monkeypatch.setattr("lightning_hinm.gyro.gyro_paper", lambda _, *found: called.append("gyro") or found)
+    result = search(structured(16, 16), HiNMPattern(4), time_budget=budget)
+    assert called == (["exchange", "gyro"] if budget is None else ["exchange"])
+    assert result.ended_by_budget == (budget is not None)
+
+
 def test_without_a_budget_nothing_is_ended():
     assert not search(structured(32, 24), HiNMPattern(4)).ended_by_budget
 

@@ -297,14 +297,18 @@ def _search_rows(
             Problem(_scaled(saliency, len(pairs)), pattern, generator, clock, fixed, within, report)
             for saliency, pattern in pairs
         ]
-        if method == "exchange":
+        if method == "gyro":
+            candidates.append(gyro_paper(problems, first, chosen))
+        else:
+            papers = generator.clone_state()  # the paper's loop finds what it would find by itself
             rest = clock.share(1)  # a clock of its own: it shares out the time that is left
             timed = [replace(problem, clock=rest) for problem in problems]
             candidates.append(gyro_exchange(timed, first, chosen))
             clock.ended |= rest.ended
-        small = sum(saliency.numel() for saliency in saliencies) <= SMALL and fixed is None
-        if method == "gyro" or (small and not clock.expired()):
-            candidates.append(gyro_paper(problems, first, chosen))
+            small = sum(saliency.numel() for saliency in saliencies) <= SMALL and fixed is None
+            if small and not clock.expired():
+                alike = [replace(problem, generator=papers) for problem in problems]
+                candidates.append(gyro_paper(alike, first, chosen))
     layouts = [
         [
             HiNMLayout(pattern, order, _ascending_groups(index, pattern))
