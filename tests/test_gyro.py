@@ -274,6 +274,28 @@ def test_columns_are_elected_only_where_a_tile_prunes_some(vector_sparsity, monk
     assert {columns > groups for groups, columns in shapes} == {vector_sparsity > 0}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "fixed", "expected"),
+    [
+        (HiNMPattern(4, 0.5), False, (6, 5e-5, 256)),
+        (HiNMPattern(4, 0.0), False, (12, 1e-6, 2048)),  # no row prefers a tile
+        (HiNMPattern(16, 0.5), False, (0, 1e-6, 2048)),  # one tile
+        (HiNMPattern(4, 0.5), True, (0, 5e-5, 256)),
+    ],
+)
+def test_vectors_are_searched_longest_where_rows_might_move_and_are_not_annealed(pattern, fixed, expected, monkeypatch):
+    calls = []
+
+    def assign_all(problems, order, indices, **options):
+        calls.append(options)
+        return indices
+
+    monkeypatch.setattr("lightning_hinm.gyro.exchange._assign_all", assign_all)
+    search(structured(16, 16), pattern, output_order=torch.arange(16) if fixed else None)
+    turns = [options for options in calls if "draws" in options]
+    assert (len(turns), calls[-1]["least"], calls[-1]["failed"]) == expected
+
+
 @pytest.mark.parametrize("pattern", [HiNMPattern(16, 0.0), HiNMPattern(96, 0.0), HiNMPattern(96, 0.5)])
 @pytest.mark.parametrize("seed", range(3))
 def test_where_no_row_is_annealed_exchange_is_no_worse_than_gyro(pattern, seed):
