@@ -14,7 +14,17 @@ from safetensors.torch import load, save
 from benchmarks.optimum import best_retained, groupings
 from lightning_hinm.gyro import SMALL, _sum_of_largest, gyro_permute, search, search_shared
 from lightning_hinm.gyro.cache import fingerprint
-from lightning_hinm.gyro.exchange import SHARE, _anneal_rows, _balance, _cool, _kept, _likely, _pruned_runs, _sums
+from lightning_hinm.gyro.exchange import (
+    SHARE,
+    _anneal_rows,
+    _balance,
+    _cool,
+    _kept,
+    _likely,
+    _pruned_runs,
+    _Rows,
+    _sums,
+)
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
     Blocks,
@@ -394,6 +404,41 @@ def test_the_best_of_several_short_annealings_is_annealed_further(monkeypatch):
     assert np.array_equal(last[3], short[1][3])
     assert (last[4] == 2).all()
     assert torch.equal(order, torch.from_numpy(last[3]).argsort(stable=True))
+
+
+@pytest.mark.parametrize("most", [64, 2])
+def test_a_move_is_made_inside_blocks_and_leaves_the_state_before_it_as_it_was(most, monkeypatch):
+    shares = []
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.TILES", most)
+    monkeypatch.setattr(
+        "lightning_hinm.gyro.exchange._sums",
+        lambda part, tile, count: (
+            shares.append(np.bincount(tile, minlength=count).tolist()) or _sums(part, tile, count)
+        ),
+    )
+    rows = _Rows([problem(structured(32, 24), HiNMPattern(4))])
+    tile, price = rows.tile, rows.price
+    before = tile.copy()
+    rows.move(0.0)
+    assert shares == [[4] * min(most, 8)] * -(-8 // most)
+    assert np.array_equal(tile, before)
+    assert not price.any()
+    assert rows.price.any()
+    still = rows.tile
+    rows.tile, rows.price = tile, price
+    rows.problem.generator.manual_seed(1)
+    rows.move(50.0)
+    assert not np.array_equal(rows.tile, still)
+    assert np.bincount(rows.tile).tolist() == [4] * 8
+
+
+def test_rows_are_worth_what_their_tiles_keep_of_the_stand_in():
+    saliency, pattern = structured(32, 24), HiNMPattern(4, 0.75)
+    rows = _Rows([problem(saliency, pattern)])
+    likely = _likely(saliency, pattern)
+    kept = pattern.kept(24)
+    expected = sum(likely[rows.tile == tile].sum(dim=0).topk(kept).values.sum() for tile in range(8))
+    assert rows.worth() == pytest.approx(float(expected))
 
 
 def test_a_start_that_there_is_no_time_for_is_left_out_and_that_is_said(monkeypatch):
