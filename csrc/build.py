@@ -3,7 +3,7 @@
 The same compiler gives the same bytes, in any folder. The ``.version`` line is lowered to what the instructions need,
 so that older drivers take the text; ptxas refuses it where that is too low. Where a text multiplies sparse matrices, a
 second one says ``mma.sp::ordered_metadata``, the form of PTX ISA 8.5, for GPUs of compute capability 10 and up.
-Compiled for compute capability 9, some sources give another kernel, whose blocks share their input (cluster.cuh).
+Compiled for compute capability 9, some sources give another kernel, of what only that has (hopper.cuh).
 """
 
 import argparse
@@ -26,14 +26,14 @@ FLAGS = ("-ptx", "-std=c++17", "-O3")
 PLAIN = {"target": "sm_80", "ptx_version": "7.4", "driver": 11040, "capability": [[8, 0], [9, 99]]}
 ORDERED = {"target": "sm_80", "ptx_version": "8.5", "driver": 12050, "capability": [[10, 0], [99, 99]]}
 ANY = {**PLAIN, "capability": [[8, 0], [99, 99]]}
-CLUSTERED = {"target": "sm_90", "ptx_version": "8.0", "driver": 12000, "capability": [[9, 0], [9, 99]]}
-CLUSTER = 4  # blocks along x: as in cluster.cuh
+HOPPER = {"target": "sm_90", "ptx_version": "8.0", "driver": 12000, "capability": [[9, 0], [9, 99]]}
+OF_HOPPER = {"decode_cluster": "decode", "windowed_bulk": "windowed"}  # by kernel, its source
+CLUSTER = 4  # blocks along x: as in hopper.cuh
 NEWEST_TO_11 = "7.8"  # the newest PTX version that CUDA 11's assembler knows
 KNOWN_TO_11 = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")  # to CUDA 11's assembler
 KNOWN_TO_12 = (*KNOWN_TO_11, "sm_100", "sm_120")  # to that of CUDA 12.8, the first to know any for an ordered text
 ARCHITECTURES = (*KNOWN_TO_11, "sm_88", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 
-OUT_BYTES = 32 * 260 * 4  # of the windowed kernel's output, where its input was
 DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
 PACKING = {
@@ -50,8 +50,8 @@ PACKING = {
     "64 (gather alone needs that), with zero values, metadata nibble 4 and a column of the same run",
     "activation": dict(enumerate(ACTIVATIONS)),
     "grid": "a number, a parameter's value, or [parameter, divisor]: ceil(parameter / divisor); none may be 0",
-    "cluster": "blocks along x that share their input, 1 where it is not given; compiled in, so that a plain launch "
-    "makes clusters; the x of the grid is rounded up to a multiple of it, and the blocks beyond take part in loading",
+    "cluster": "blocks along x that share their work, 1 where it is not given; compiled in, so that a plain launch "
+    "makes clusters; the x of the grid is rounded up to a multiple of it, and the blocks beyond take part",
     "shared": "dynamic: bytes, and for each parameter in per its value times that many; the static shared memory in "
     "resources comes on top",
     "driver": "as cuDriverGetVersion counts: 1000 * major + 10 * minor; compute capabilities are inclusive",
@@ -64,10 +64,6 @@ def _pointer(name: str, dtype: str, layout: str, alignment: int = 16) -> dict[st
 
 def _numbers(*names: str) -> list[dict[str, Any]]:
     return [{"name": name.removesuffix(":64"), "type": "int64" if name.endswith(":64") else "int32"} for name in names]
-
-
-def _kernel(name: str, cluster: dict[str, int]) -> str:
-    return f"{name}_cluster" if cluster else name
 
 
 def _packed(dtype: str) -> list[dict[str, Any]]:
@@ -96,52 +92,55 @@ def describe_entries() -> dict[str, dict[str, Any]]:
     """
     entries: dict[str, dict[str, Any]] = {}
     for short, dtype in DTYPES.items():
-        for tokens, cluster in product((8, 16), ({}, {"cluster": CLUSTER})):
-            entries[f"{_kernel('decode', cluster)}_{short}_{tokens}"] = {
-                "kernel": _kernel("decode", cluster),
+        for (kernel, rows), tokens in product(
+            (("decode", 32), ("decode_cluster", 32), ("decode_cluster", 64)), (8, 16)
+        ):
+            shares = kernel == "decode_cluster"
+            entries[f"{kernel}_{short}_{rows}_{tokens}"] = {
+                "kernel": kernel,
                 "parameters": [
                     *_weight(dtype, "[tokens, columns], rows x_stride apart", "[tokens, rows], out_stride apart"),
-                    *_numbers("tokens", "packed_rows", "columns", "x_stride", "pitch", "out_stride", "vector_size"),
-                    *_numbers("kept", "activation"),
+                    *_numbers("tokens", "packed_rows", "columns", "x_stride", "pitch", "held", "out_stride"),
+                    *_numbers("vector_size", "kept", "window", "kept_of_window", "activation"),
                 ],
-                "rules": "vector_size is a multiple of 32; columns and x_stride are multiples of 8, pitch of 8 and at "
-                "least columns; 8 more than a multiple of 64 avoids bank conflicts; packed_rows = tiles * vector_size; "
-                f"tokens <= {tokens} * 65535",
+                "rules": f"vector_size is a multiple of {rows}; columns and x_stride are multiples of 8, pitch of 8 "
+                "and at least as many as the columns that a block reads; 8 more than a multiple of 64 avoids bank "
+                f"conflicts; held = pitch * min(tokens, {tokens}); packed_rows = tiles * vector_size; "
+                + (
+                    "run r is columns r * window .. min((r + 1) * window, columns) - 1, and vector_index lists the "
+                    "runs in order; the block of rank k reads runs k * runs / 4 .. (k + 1) * runs / 4 - 1, rounded "
+                    "down; window is a multiple of 8; kept_of_window is that of each run but the last, a multiple of "
+                    "32; "
+                    if shares
+                    else "a block reads all columns; window and kept_of_window are not used; "
+                )
+                + f"tokens <= {tokens} * 65535",
                 "block": 256,
                 "grid": [["packed_rows", 32], ["tokens", tokens], 1],
-                **cluster,
-                "shared": {"bytes": 0, "per": {"pitch": 2 * tokens}},
+                **({"cluster": CLUSTER} if shares else {}),
+                "shared": {"bytes": 8 * (128 // rows) * (36 * rows + 64), "per": {"held": 2}},
             }
-        sizes: list[tuple[int, dict[str, int]]] = [(128, {}), (64, {}), (128, {"cluster": CLUSTER})]
-        for rows, (tokens, cluster), suffix in product((32, 64), sizes, ("", "_features")):
-            storage = "[columns, tokens]" if suffix else "[tokens, columns]"
-            # Rows that bulk copies wrote are 16 bytes longer, so that they do not lie in the same banks.
-            pitch, buffers = (2 * tokens + 16, 2 * tokens * 528) if cluster else (2 * tokens, 512 * tokens)
-            entries[f"{_kernel('windowed', cluster)}_{short}_{rows}_{tokens}{suffix}"] = {
-                "kernel": _kernel("windowed", cluster),
+        for (kernel, tokens), rows in product((("windowed", 128), ("windowed", 64), ("windowed_bulk", 128)), (32, 64)):
+            bulk = kernel == "windowed_bulk"
+            # Columns that bulk copies wrote are 16 bytes longer, so that they do not lie in the same banks.
+            pitch, written = 2 * tokens + (16 if bulk else 0), 64 * (tokens + 8) * 4
+            entries[f"{kernel}_{short}_{rows}_{tokens}"] = {
+                "kernel": kernel,
                 "parameters": [
-                    *_weight(dtype, f"{storage}, rows x_stride apart", "[tokens, rows], out_stride apart"),
+                    *_weight(dtype, "[columns, tokens], rows x_stride apart", "[rows, tokens], rows out_stride apart"),
                     *_numbers("tokens", "packed_rows", "columns", "x_stride", "out_stride", "vector_size", "kept"),
                     *_numbers("window", "held", "kept_of_window", "kept_of_last", "activation"),
                 ],
-                "rules": f"vector_size is a multiple of {rows}; "
-                + ("x_stride is a multiple of 8; " if suffix else "columns, x_stride and window are multiples of 8; ")
-                + ("tokens is a multiple of 8; " if suffix and cluster else "")
+                "rules": f"vector_size is a multiple of {rows}; x_stride is a multiple of 8; "
+                + ("tokens is a multiple of 8; " if bulk else "")
                 + "run r is columns r * window .. min((r + 1) * window, columns) - 1, and vector_index lists the runs "
                 "in order; window = columns where there is one; kept_of_window is that of each run but the last, "
                 "kept_of_last of the last, both multiples of 32, (runs - 1) * kept_of_window + kept_of_last <= kept; "
-                f"tokens <= {tokens} * 65535; "
-                + (
-                    f"held = max(window times 2, or times 1 where there is one run, {-(-OUT_BYTES // pitch)})"
-                    if suffix
-                    else "held = window"
-                ),
+                f"tokens <= {tokens} * 65535; held = max(window times 2, or times 1 where there is one run, "
+                f"{-(-written // pitch)})",
                 "block": 256,
                 "grid": [["packed_rows", 256], ["tokens", tokens], 1],
-                **cluster,
-                "shared": {"bytes": 0, "per": {"held": pitch}}
-                if suffix
-                else {"bytes": buffers, "per": {"held": 2 * tokens}},
+                "shared": {"bytes": 0, "per": {"held": pitch}},
             }
         for rows in (32, 64, 128):
             entries[f"gather_{short}_{rows}"] = {
@@ -254,8 +253,8 @@ def compile_texts(folder: Path) -> dict[str, list[dict[str, Any]]]:
     texts: dict[str, list[dict[str, Any]]] = {}
     with TemporaryDirectory() as scratch:
         for kernel in sorted({entry["kernel"] for entry in describe_entries().values()}):
-            source = f"csrc/{kernel.removesuffix('_cluster')}.cu"
-            first = CLUSTERED if kernel.endswith("_cluster") else PLAIN
+            source = f"csrc/{OF_HOPPER.get(kernel, kernel)}.cu"
+            first = HOPPER if kernel in OF_HOPPER else PLAIN
             flags = [*FLAGS, f"-arch=compute_{str(first['target'])[3:]}"]
             compiled = Path(scratch) / f"{kernel}.ptx"
             _run("nvcc", *flags, "-o", str(compiled), str(SOURCES.parent / source))

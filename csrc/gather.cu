@@ -69,17 +69,24 @@ __device__ __forceinline__ void gather(
     }
     __syncthreads();
 
+    // A thread copies the same 8 tokens of several kept vectors. Where these start it knows one step ahead: a copy that
+    // had to ask shared memory first would wait for it, and all copies behind it too.
+    constexpr int CHUNKS = TOKENS / 8, AT_ONCE = THREADS / CHUNKS, COPIES = DEPTH / AT_ONCE;
+    const int chunk = threadIdx.x % CHUNKS, first_k = threadIdx.x / CHUNKS;
+    const int token_of_chunk = first_token + chunk * 8, bytes_of_chunk = max(0, min(8, tokens - token_of_chunk)) * 2;
+    const uint16_t* x_of_chunk = x + (bytes_of_chunk ? token_of_chunk : 0);
+    int starts[COPIES];
+    auto look_up = [&](int step) {
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) starts[i] = offsets[step * DEPTH + first_k + i * AT_ONCE];
+    };
     auto fetch = [&](int stage, int step) {
         uint8_t* to = stages + stage * S::STAGE;
-        constexpr int CHUNKS = TOKENS / 8, AT_ONCE = THREADS / CHUNKS;
-        const int chunk = threadIdx.x % CHUNKS;
-        const int token = first_token + chunk * 8, bytes = max(0, min(8, tokens - token)) * 2;
 #pragma unroll
-        for (int i = 0; i < DEPTH / AT_ONCE; ++i) {
-            const int k = threadIdx.x / CHUNKS + i * AT_ONCE;
-            const uint16_t* from = x + offsets[step * DEPTH + k] + (bytes ? token : 0);
+        for (int i = 0; i < COPIES; ++i) {
+            const int k = first_k + i * AT_ONCE;
             // Chunks are exchanged by the row, so that ldmatrix finds the 8 rows of a matrix in 8 different banks.
-            copy_async(shared_address(to + k * TOKENS * 2 + ((chunk ^ (k & 7)) << 4)), from, bytes);
+            copy_async(shared_address(to + k * TOKENS * 2 + ((chunk ^ (k & 7)) << 4)), x_of_chunk + starts[i], bytes_of_chunk);
         }
         const int64_t at = int64_t(tile) * (kept / DEPTH) + step;
         const uint8_t* v = reinterpret_cast<const uint8_t*>(values) + at * S::VALUES;
@@ -95,45 +102,54 @@ __device__ __forceinline__ void gather(
 
     constexpr int BLOCKS = S::ROWS / 16, N_BLOCKS = S::WARP_TOKENS / 8;
     float sums[BLOCKS][N_BLOCKS][4] = {};
-    auto multiply = [&](int stage) {
+    struct Half {
+        uint4 a[BLOCKS];
+        uint32_t e[BLOCKS / 2], b[N_BLOCKS][4];
+    };
+    // What the warp multiplies of half a stage, 32 kept vectors.
+    auto load = [&](int stage, int half) {
+        Half loaded;
         const uint8_t* from = stages + stage * S::STAGE;
+        const uint4* v = reinterpret_cast<const uint4*>(from + S::INPUT) + (half * (VECTOR_SIZE / 16) + warp_row / 16) * LANES + lane;
+        const uint32_t* m = reinterpret_cast<const uint32_t*>(from + S::INPUT + S::VALUES) + (half * (VECTOR_SIZE / 32) + warp_row / 32) * LANES + lane;
+        const int k = half * 32 + lane;
+        const uint32_t row = shared_address(from + k * TOKENS * 2);
 #pragma unroll
-        for (int half = 0; half < DEPTH / 32; ++half) {
-            uint4 a[BLOCKS];
-            uint32_t e[BLOCKS / 2];
-            const uint4* v = reinterpret_cast<const uint4*>(from + S::INPUT) + (half * (VECTOR_SIZE / 16) + warp_row / 16) * LANES + lane;
-            const uint32_t* m = reinterpret_cast<const uint32_t*>(from + S::INPUT + S::VALUES) + (half * (VECTOR_SIZE / 32) + warp_row / 32) * LANES + lane;
+        for (int n = 0; n < N_BLOCKS; ++n)
+            load_matrices_transposed(loaded.b[n], row + (((warp_token / 8 + n) ^ (k & 7)) << 4));
 #pragma unroll
-            for (int i = 0; i < BLOCKS; ++i) a[i] = v[i * LANES];
+        for (int i = 0; i < BLOCKS; ++i) loaded.a[i] = v[i * LANES];
 #pragma unroll
-            for (int i = 0; i < BLOCKS / 2; ++i) e[i] = m[i * LANES];
-            const int k = half * 32 + lane;
-            const uint32_t row = shared_address(from + k * TOKENS * 2);
+        for (int i = 0; i < BLOCKS / 2; ++i) loaded.e[i] = m[i * LANES];
+        return loaded;
+    };
+    auto multiply = [&](const Half& loaded) {
 #pragma unroll
-            for (int n = 0; n < N_BLOCKS; ++n) {
-                uint32_t b[4];
-                load_matrices_transposed(b, row + (((warp_token / 8 + n) ^ (k & 7)) << 4));
+        for (int n = 0; n < N_BLOCKS; ++n)
 #pragma unroll
-                for (int i = 0; i < BLOCKS; i += 2) {
-                    Type::template multiply<0>(sums[i][n], a[i], b, e[i / 2]);
-                    Type::template multiply<1>(sums[i + 1][n], a[i + 1], b, e[i / 2]);
-                }
+            for (int i = 0; i < BLOCKS; i += 2) {
+                Type::template multiply<0>(sums[i][n], loaded.a[i], loaded.b[n], loaded.e[i / 2]);
+                Type::template multiply<1>(sums[i + 1][n], loaded.a[i + 1], loaded.b[n], loaded.e[i / 2]);
             }
-        }
     };
 
     const int steps = kept / DEPTH;
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; ++stage) {
-        if (stage < steps) fetch(stage, stage);
+        if (stage < steps) look_up(stage), fetch(stage, stage);
         commit_copies();
     }
+    if (STAGES - 1 < steps) look_up(STAGES - 1);
     for (int step = 0; step < steps; ++step) {
         wait_copies<STAGES - 2>();
         __syncthreads();  // this step has arrived for all warps, and all are done with the stage that is filled next
+        const Half loaded = load(step % STAGES, 0);
         if (step + STAGES - 1 < steps) fetch((step + STAGES - 1) % STAGES, step + STAGES - 1);
         commit_copies();  // an empty group too, so that the count of groups is that of steps
-        multiply(step % STAGES);
+        if (step + STAGES < steps) look_up(step + STAGES);
+        multiply(loaded);
+#pragma unroll
+        for (int half = 1; half < DEPTH / 32; ++half) multiply(load(step % STAGES, half));
     }
     __syncthreads();
 

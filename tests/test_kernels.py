@@ -598,7 +598,7 @@ def test_an_entry_of_clusters_is_launched_in_whole_ones_where_they_are_and_refus
         assert driver.run(_refusals, "cuda:0", STUB_CAPABILITY=capability) == [None]
         error = driver.run(_launch_clusters, STUB_CAPABILITY=capability)
         got = f"its compute capability is {capability[:-1]}.0, but pack takes 9.0 to 9.99"
-        assert error == f"pack: {got}. Launch an entry without clusters."
+        assert error == f"pack: {got}. Launch an entry of another kernel."
     assert len(driver.calls("cuLaunchKernel")) == 1
 
 

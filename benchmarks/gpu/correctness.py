@@ -162,8 +162,8 @@ class Checker:
     """
 
     def __init__(self, device: torch.device, home: torch.device) -> None:
-        lacks_clusters = cost.gpu_of(device).gpc < cost.CLUSTER
-        left_out = [name for name, entry in kernels.entries().items() if entry.cluster > 1 and lacks_clusters]
+        lacking = () if cost.gpu_of(device).gpc >= cost.CLUSTER else cost.OF_HOPPER
+        left_out = [name for name, entry in kernels.entries().items() if entry.kernel in lacking]
         self.device, self.home, self.findings = device, home, Findings(left_out=left_out)
         self.generator = torch.Generator(home).manual_seed(0)
         self.turns: Counter[tuple[str, torch.dtype]] = Counter()
@@ -199,7 +199,7 @@ class Checker:
             exact = {order: F.linear(x.double(), dense) for order, (_, dense) in weights.items()}
             here = x.to(self.device)
             for choice, features in self._ways(matrix, n):
-                entry = entry_of(choice, matrix.pattern, dtype, features=features)
+                entry = entry_of(choice, matrix.pattern, dtype)
                 activation, order, biased = self._turn(entry, dtype)
                 own = weights[order][0]._replace(bias=here_bias if biased else None, activation=activation)
                 name = f"{matrix}, {n} tokens, {dtype}, {entry}, {activation}, {order}"
@@ -311,7 +311,7 @@ class Checker:
         return [choice for choice, features in self._ways(matrix, tokens) if not features]
 
     def _ways(self, matrix: Matrix, tokens: int) -> list[tuple[cost.Choice, bool]]:
-        """Every kernel, and whether it is one that has an entry of its own for feature-major input, and gets that."""
+        """Every kernel, on row-major input; and the windowed ones, which also read feature-major input as it lies."""
         call = cost.Call(matrix.pattern, matrix.rows, matrix.columns, tokens)
         about = kernels.shared_limit(self.device), cost.gpu_of(self.device)
         ways = [(choice, False) for choice in cost.list_kernels(call, *about)]
@@ -337,14 +337,12 @@ class Checker:
         return torch.randn(size, generator=self.generator, device=self.home, dtype=dtype)
 
 
-def entry_of(choice: cost.Choice, pattern: HiNMPattern, dtype: torch.dtype, *, features: bool = False) -> str:
-    """The entry that a choice launches on a weight of that pattern, for row-major or feature-major input."""
+def entry_of(choice: cost.Choice, pattern: HiNMPattern, dtype: torch.dtype) -> str:
+    """The entry that a choice launches on a weight of that pattern."""
     short, height = gpu.SHORT[dtype], tile_rows(pattern)
-    if choice.kernel.startswith("decode"):
-        return f"{choice.kernel}_{short}_{choice.tokens}"
-    if choice.kernel.startswith("windowed"):
-        return f"{choice.kernel}_{short}_{min(height, 64)}_{choice.tokens}" + ("_features" if features else "")
-    return "unpack" if choice.kernel == "unpack" else f"gather_{short}_{height}"
+    if choice.kernel in ("unpack", "gather"):
+        return "unpack" if choice.kernel == "unpack" else f"gather_{short}_{height}"
+    return f"{choice.kernel}_{short}_{32 if choice.kernel == 'decode' else min(height, 64)}_{choice.tokens}"
 
 
 def _feature_major(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lightning_hinm.kernels.manifest import SLOTS, Entry, Text, must, read_manif
 FOLDER = Path(__file__).parents[1] / "ptx"  # tests point it at a folder of their own, before the first call
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # of every GPU
 MEMOISED = 64  # sizes kept per thread and entry: one for each layer that shares the entry
+NEWEST = (99, 99)  # up to which compute capability a text goes that is for all that are to come
 LOG_BYTES = 16384  # of the driver's compiler
 LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 BINDING_DRIVER = 12000  # has cuGetProcAddress_v2, without which cuda.bindings finds nothing
@@ -103,7 +104,7 @@ def launch(entry: str, *arguments: Tensor | int | float | None) -> None:
         loaded = _loaded[os.getpid(), index]
     driver, context, functions = loaded
     if entry not in functions:
-        raise ValueError(f"{entry}: {_lack(index, call.entry.kernel)}. Launch an entry without clusters.")
+        raise ValueError(f"{entry}: {_lack(index, call.entry.kernel)}. Launch an entry of another kernel.")
     function, limit = functions[entry]
     if shared > limit:
         got = f"{shared} bytes of shared memory with {call.numbers(arguments)}"
@@ -260,16 +261,16 @@ def _check_driver(version: int, name: str, least: int) -> None:
 
 
 def _suitable(index: int) -> dict[str, Text]:
-    """For each kernel the first of its texts that suits the device; those whose blocks form clusters may have none."""
+    """For each kernel the first of its texts that suits the device; those that only some kinds have may have none."""
     capability = _capability(index)
-    needed = {entry.kernel for entry in entries().values() if entry.cluster == 1}
     chosen = {}
     for kernel, texts in read_manifest(FOLDER)[0].items():
         suiting = [text for text in texts if text.lowest <= capability <= text.highest]
         if suiting:
             chosen[kernel] = suiting[0]
             continue
-        must(kernel not in needed, f"{_lack(index, kernel)}; run the layers dense")
+        of_some = max(text.highest for text in texts) < NEWEST
+        must(of_some, f"{_lack(index, kernel)}; run the layers dense")
     return chosen
 
 

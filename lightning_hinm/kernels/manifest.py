@@ -47,8 +47,7 @@ class Entry:
         grid_rules: for x, y and z a parameter's name and its divisor, or None and the number itself.
         shared: bytes of dynamic shared memory, whatever the arguments.
         shared_rules: a parameter's name, and the bytes that each of it adds.
-        cluster: blocks along x that run together and share what they load; 1: none do. Only a GPU with a text for the
-            kernel has such an entry.
+        cluster: blocks along x that run together and share their work; 1: none do.
     """
 
     name: str

@@ -4,7 +4,7 @@ Shapes: O rows, I columns, N tokens, T tiles of V rows, K kept vectors of a tile
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
@@ -16,19 +16,16 @@ from lightning_hinm.pattern import HiNMPattern
 __all__ = ["Call", "Choice", "Gpu", "choose_kernel", "convolution_call", "gpu_of", "list_kernels", "predict_dense"]
 
 DECODE_TOKENS = 32  # beyond, the weight would be read more than twice
-WINDOWED_OUT = 33280  # bytes of shared memory through which the windowed kernel writes
+WINDOWED_OUT_ROWS = 64  # that the windowed kernel writes at a time, through shared memory
 DECODE_ROWS, WINDOWED_ROWS, GATHER_TOKENS = 32, 256, 128
 UNPACKED_COLUMNS, UNPACKED_SHARED = 1520, 48896
 MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
 MOST_BLOCKS = 65535  # along y and z of a grid
-CLUSTERED_CHUNK = 256  # columns of each of two buffers
-CLUSTER = 4  # blocks that share their input, in the kernels that do
-# By kernel, bytes of shared memory for the mbarriers by which they wait for it, with what aligns the rest.
-MBARRIERS = {"decode": 16, "windowed": 256}
-PADDING = 16  # bytes between rows that were copied for a cluster
+OF_HOPPER = "decode_cluster", "windowed_bulk"  # kernels of compute capability 9 alone
+CLUSTER = 4  # blocks that share their work, in the kernels that do
+MBARRIERS = 256  # bytes of shared memory by which a block waits for bulk copies, with what aligns the rest
+PADDING = 16  # bytes between columns that came by bulk copies
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
-# Of the rate of mma.sp, what is left beside turning row-major input in shared memory: an estimate, from its wavefronts.
-WINDOWED_RATE = 0.7
 
 
 @dataclass(frozen=True)
@@ -199,10 +196,10 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
     yield Choice("unpack", 0, UNPACKED_SHARED, seconds, dense.roof)
 
     def predict(
-        kernel: str, tokens: int, high: int, shared: int, read: int, extra: tuple[int, int], rate: float = 1.0,
-        cluster: int = 1,
-    ) -> Choice:  # fmt: skip
-        """For blocks of ``tokens`` tokens and ``high`` rows that read so many columns; ``extra`` bytes and launches."""
+        kernel: str, tokens: int, high: int, shared: int, read: int, beside: Sequence[int], cluster: int = 1
+    ) -> Choice:
+        """For blocks of ``tokens`` tokens and ``high`` rows that read so many columns; ``beside``: the bytes that each
+        kernel moves that runs before or after."""
         wide = -(-n // tokens)
         blocks = wide * -(-rows // high)
         filled = wide * -(-rows // (high * cluster)) * cluster  # with those that only fill up a cluster
@@ -212,62 +209,59 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         # The last wave of blocks takes as long as a full one.
         waves = -(-filled // at_once) * gpu.multiprocessors
         roofs = {
-            "memory": (weight + call.moved + extra[0]) / gpu.memory,
+            "memory": (weight + call.moved) / gpu.memory,
             "L2": (wide * weight + filled * tokens * read * 2 / cluster) / gpu.l2 * waves / max(filled, 1),
-            "tensor cores": rows * kept * wide * tokens / (rate * gpu.sparse) * waves / max(blocks, 1),
+            "tensor cores": rows * kept * wide * tokens / gpu.sparse * waves / max(blocks, 1),
         }
         seconds, roof = _tightest(roofs, gpu)
-        return Choice(kernel, tokens, shared, seconds + extra[1] * gpu.launch, roof)
+        seconds += sum(max(moved / gpu.memory, gpu.launch) for moved in beside)
+        return Choice(kernel, tokens, shared, seconds, roof)
 
     clusters = (1, CLUSTER) if gpu.gpc >= CLUSTER else (1,)  # where it gains nothing, the first one is chosen
     if call.planes is None:
-        # The decode kernel wants rows: what lies feature-major is copied into rows first. Rows is what it writes, as
-        # the windowed kernel does.
         turned_in, turned_out = 4 * n * call.in_features, 4 * n * call.rows
-        after = (turned_out, 1) if call.feature_major_out else (0, 0)
-        copied = (turned_in + after[0], 1 + after[1]) if call.feature_major else after
+        window = call.in_features if len(runs) == 1 else pattern.window or columns
+        # The decode kernel wants rows, and writes them: what lies feature-major is copied into rows first.
         if n <= DECODE_TOKENS:
+            ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
+            turns = [turned for turned, lies_so in ways if lies_so]
             for cluster, tokens in product(clusters, (8, 16)):
-                shared = (2 * decode_pitch(columns) + 1152) * tokens
-                shared += MBARRIERS["decode"] if cluster > 1 else 0
-                name = _named("decode", cluster)
-                yield predict(name, tokens, DECODE_ROWS, shared, columns, copied, cluster=cluster)
-        window = columns if len(runs) == 1 else pattern.window or columns
-        sizes = ((128, 1), (64, 1), *((128, cluster) for cluster in clusters[1:]))
-        for tokens, cluster in sizes if window % ALIGNED == 0 else ():
-            padding, mbarriers = (PADDING, MBARRIERS["windowed"]) if cluster > 1 else (0, 0)
-            if call.feature_major:
-                if cluster > 1 and n % ALIGNED:  # of the last tokens there is no whole copy
+                if cluster > 1 and (len(runs) < cluster or window % ALIGNED):  # it is runs that they share out
                     continue
-                shared, rate = (2 * tokens + padding) * held_columns(window, len(runs), tokens, padding), 1.0
-            else:
-                buffers = 2 * (2 * CLUSTERED_CHUNK + padding) if cluster > 1 else 512
-                shared, rate = (buffers + 2 * window) * tokens, WINDOWED_RATE
-            name = _named("windowed", cluster)
-            yield predict(name, tokens, WINDOWED_ROWS, shared + mbarriers, columns, after, rate, cluster=cluster)
-        # Columns are wanted, and columns come out.
+                held = columns if cluster == 1 else -(-len(runs) // cluster) * window
+                name, rows_of_warp = ("decode", 32) if cluster == 1 else ("decode_cluster", min(height, 64))
+                shared = decode_weights(rows_of_warp) + 2 * decode_pitch(held) * min(n, tokens)
+                yield predict(name, tokens, DECODE_ROWS, shared, columns, turns, cluster)
+        # The others want columns, and columns come out.
         ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
-        turns = [turned for turned, lies_so in ways if not lies_so]
-        extra = (sum(turns), len(turns))
+        beside = [turned for turned, lies_so in ways if not lies_so]
+        for tokens in (128, 64):
+            shared = 2 * tokens * held_columns(window, len(runs), tokens)
+            yield predict("windowed", tokens, WINDOWED_ROWS, shared, columns, beside)
+        if gpu.gpc and n % ALIGNED == 0:  # else there is no whole copy of the last tokens
+            shared = (2 * 128 + PADDING) * held_columns(window, len(runs), 128, PADDING) + MBARRIERS
+            yield predict("windowed_bulk", 128, WINDOWED_ROWS, shared, columns, beside)
     elif not call.planes.gathered:
         return
     else:
-        extra = (2 * call.planes.shifted, 1 if call.planes.shifted else 0)
+        beside = [2 * call.planes.shifted] if call.planes.shifted else []
     shared = gather_shared(height, kept)
-    yield predict("gather", GATHER_TOKENS, height, shared, kept, extra)
+    yield predict("gather", GATHER_TOKENS, height, shared, kept, beside)
 
 
-def _named(kernel: str, cluster: int) -> str:
-    return f"{kernel}_cluster" if cluster > 1 else kernel
+def decode_weights(rows: int) -> int:
+    """Bytes of shared memory through which the decode kernel's weights come, of warps of so many rows."""
+    return 8 * (128 // rows) * (36 * rows + 64)
 
 
 def decode_pitch(columns: int) -> int:
-    """Numbers between two tokens in the decode kernel's shared memory: 4 banks more than a whole number of rounds."""
+    """Numbers between two tokens in the shared memory of a block of the decode kernel that reads so many columns: 4
+    banks more than a whole number of rounds."""
     return -(-columns // 64) * 64 + 8
 
 
 def held_columns(window: int, runs: int, tokens: int, padding: int = 0) -> int:
-    """Columns of feature-major input that a block of the windowed kernel holds: of two runs, if there are two.
+    """Columns of the input that a block of the windowed kernel has room for: those of two runs, if there are two.
 
     Args:
         window: columns of a run.
@@ -275,7 +269,8 @@ def held_columns(window: int, runs: int, tokens: int, padding: int = 0) -> int:
         tokens: of a block.
         padding: bytes between two columns, beside the tokens.
     """
-    return max(window * min(runs, 2), -(-WINDOWED_OUT // (2 * tokens + padding)))
+    written = WINDOWED_OUT_ROWS * (tokens + 8) * 4  # bytes through shared memory, where the runs were
+    return max(window * min(runs, 2), -(-written // (2 * tokens + padding)))
 
 
 def gather_shared(height: int, kept: int) -> int:

@@ -72,10 +72,11 @@ def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Ch
     if choice.kernel == "unpack":
         _multiply_unpacked(tokens, out, operands)
         return
-    run = {"decode": _decode, "windowed": _windowed, "gather": _gather}[choice.kernel.removesuffix("_cluster")]
+    decodes = choice.kernel.startswith("decode")
+    run = _decode if decodes else _through_columns
     for first in range(0, len(tokens), MOST_TOKENS):
         part = out[first : first + MOST_TOKENS]
-        in_rows = part if part.stride(1) == 1 or choice.kernel == "gather" else part.new_empty(part.shape)
+        in_rows = part if part.stride(1) == 1 or not decodes else part.new_empty(part.shape)
         run(tokens[first : first + MOST_TOKENS], in_rows, operands, choice)
         if in_rows is not part:
             _turn(in_rows, part.t())
@@ -101,34 +102,21 @@ def _unpack(operands: Operands) -> Tensor:
 
 
 def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    tokens, weight = _aligned_rows(tokens), _fragments(operands)
+    tokens, weight, pattern = _aligned_rows(tokens), _fragments(operands), pattern_of(operands)
     n, columns = tokens.shape
-    numbers = (n, len(weight.rows), columns, tokens.stride(0), cost.decode_pitch(columns), out.stride(0))
-    tail = (weight.tile_rows, weight.kept, ACTIVATION[operands.activation])
-    entry = f"{choice.kernel}_{SHORT[out.dtype]}_{choice.tokens}"
-    kernels.launch(entry, tokens, *weight, _bias(operands), out, *numbers, *tail)
-
-
-def _windowed(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    weight, pattern = _fragments(operands), pattern_of(operands)
-    clustered = choice.kernel == "windowed_cluster"
-    # In clusters tokens come in whole copies of 16 bytes: others are turned into rows first.
-    as_it_lies = _is_feature_major(tokens) and not (clustered and len(out) % ALIGNED)
-    tokens = tokens.t() if as_it_lies else _aligned_rows(tokens)
-    n, columns = len(out), tokens.shape[0 if as_it_lies else 1]
     kept = kept_of_runs(pattern, operands.in_features)
     window = columns if len(kept) == 1 else pattern.window or columns
-    padding = cost.PADDING if clustered else 0
-    held = cost.held_columns(window, len(kept), choice.tokens, padding) if as_it_lies else window
-    numbers = (n, len(weight.rows), columns, tokens.stride(0), out.stride(0), weight.tile_rows, weight.kept)
-    tail = (window, held, kept[0], kept[-1], ACTIVATION[operands.activation])
-    entry = f"{choice.kernel}_{SHORT[out.dtype]}_{min(weight.tile_rows, 64)}_{choice.tokens}"
-    entry += "_features" if as_it_lies else ""
+    pitch = cost.decode_pitch(columns if choice.kernel == "decode" else -(-len(kept) // cost.CLUSTER) * window)
+    held = pitch * min(n, choice.tokens)
+    numbers = (n, len(weight.rows), columns, tokens.stride(0), pitch, held, out.stride(0))
+    tail = (weight.tile_rows, weight.kept, window, kept[0], ACTIVATION[operands.activation])
+    rows = 32 if choice.kernel == "decode" else min(weight.tile_rows, 64)
+    entry = f"{choice.kernel}_{SHORT[out.dtype]}_{rows}_{choice.tokens}"
     kernels.launch(entry, tokens, *weight, _bias(operands), out, *numbers, *tail)
 
 
-def _gather(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    """Through feature-major storage: turned on the way in and on the way out, unless it lies or shall lie so."""
+def _through_columns(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
+    """Kernels that want columns: turned on the way in and on the way out, unless it lies or shall lie so."""
     i, o = operands.in_features, out.shape[1]
     step = (MOST_NUMBERS - 1) // max(i, o) // cost.GATHER_TOKENS * cost.GATHER_TOKENS
     for first in range(0, len(tokens), step):
@@ -136,16 +124,36 @@ def _gather(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choic
         columns, pitch = part.t(), -(-len(part) // ALIGNED) * ALIGNED
         if not (_is_feature_major(part) and columns.stride(0) * i < MOST_NUMBERS):
             columns = _turn(part, part.new_empty(i, pitch))
-        image = Image(len(part), columns.stride(0), i)
         if _is_feature_major(out_part):
-            _launch_gather(columns, out_part.t(), operands, image)
+            _multiply_columns(columns, out_part.t(), operands, choice)
             continue
         rows = out.new_empty(o, pitch)
-        _launch_gather(columns, rows, operands, image)
+        _multiply_columns(columns, rows[:, : len(part)], operands, choice)
         if out_part.stride(1) == 1:
             _turn(rows[:, : len(part)], out_part)
         else:  # rows that do not start at whole copies
             out_part.t().copy_(rows[:, : len(part)])
+
+
+def _multiply_columns(columns: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
+    """``[I, N]`` -> ``out``, ``[O, N]``."""
+    if choice.kernel == "gather":
+        _launch_gather(columns, out, operands, Image(columns.shape[1], columns.stride(0), len(columns)))
+    else:
+        _launch_windowed(columns, out, operands, choice)
+
+
+def _launch_windowed(x: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
+    """``x``: ``[I, N]``; ``out``: ``[O, N]``."""
+    weight, pattern = _fragments(operands), pattern_of(operands)
+    kept, (columns, n) = kept_of_runs(pattern, operands.in_features), x.shape
+    window = columns if len(kept) == 1 else pattern.window or columns
+    padding = cost.PADDING if choice.kernel == "windowed_bulk" else 0
+    held = cost.held_columns(window, len(kept), choice.tokens, padding)
+    numbers = (n, len(weight.rows), columns, x.stride(0), out.stride(0), weight.tile_rows, weight.kept)
+    tail = (window, held, kept[0], kept[-1], ACTIVATION[operands.activation])
+    entry = f"{choice.kernel}_{SHORT[out.dtype]}_{min(weight.tile_rows, 64)}_{choice.tokens}"
+    kernels.launch(entry, x, *weight, _bias(operands), out, *numbers, *tail)
 
 
 def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from .group import LANES, Copy
 from .mbarrier import copy_in_bulk
 from .operands import LOCAL_WINDOW, SHARED_WINDOW, Builder, Step, opcode
 from .parse import Instruction
+from .transactions import OFFSET
 from .values import RAW, U8, U32, U64, Array, decoder, encoder, type_dtype
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def _store(b: Builder) -> Step:
     raw_dtype = RAW[element.itemsize * len(names)]
     reads = [b.read(name, element) for name in names]
     address_of, ins = b.address(0), b.ins
+    elsewhere = "shared::cluster" in b.parts
     if space in ("param", "const"):
         raise b.ins.unsupported()
 
@@ -199,6 +201,10 @@ def _store(b: Builder) -> Step:
         address = group.pick(address_of(group))
         columns = [group.pick(read(group)) for read in reads]
         raw = np.ascontiguousarray(columns[0]) if len(columns) == 1 else np.stack(columns, axis=1).view(raw_dtype)[:, 0]
+        if elsewhere:
+            count_shared(group, "st.shared", address & OFFSET, raw.dtype.itemsize)
+            group.transactions.store(group, ins, address, raw, group.index)
+            return
         if space:
             store_raw(group, ins, space, address, raw)
             return

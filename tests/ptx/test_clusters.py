@@ -186,7 +186,7 @@ NONE = {"before": "", "fence": "", "sync": "bar.sync 0;", "guard": "", "after": 
     ("parts", "message"),
     [
         ({}, ""),
-        ({"guard": "@!%p1 bra PAST;"}, "which a bulk copy brought, without having waited for its mbarrier|in flight"),
+        ({"guard": "@!%p1 bra PAST;"}, "which came from another CTA or by a copy, without waiting for it|in flight"),
         ({"guard": "@!%p1 bra PAST;", "after": "bar.sync 0;"}, ""),
         ({"sync": ""}, "no barrier orders this after the initialisation|there is no initialised mbarrier"),
         ({"before": "mad.lo.u32 %r9, t, 4, %r7; st.shared.u32 [%r9], t;"}, "race: copies .*, which warp . writes with"),

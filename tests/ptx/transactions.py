@@ -1,4 +1,4 @@
-"""What CTAs of a cluster do to each other's shared memory: mbarriers, bulk copies on their way, and who knows of what.
+"""What CTAs of a cluster do to each other's shared memory: stores, mbarriers, bulk copies on their way, who knows what.
 
 A copy lands as late as it may: when a thread that has looked in vain before looks again at the mbarrier it completes,
 and nothing else is missing there. What a thread may touch follows from vector clocks: each warp knows how far the
@@ -86,8 +86,9 @@ class Transactions:
         self.read_at = np.zeros((granules, warps), dtype=np.int32)
         self.written_at = np.zeros((granules, warps), dtype=np.int32)
         self.fenced_at = np.zeros(self.clocks.rows, dtype=np.int64)  # when it last ordered its writes before copies
-        # The mbarrier that what lies there completed, and in which phase; 0: no copy brought it.
-        self.landed_by = np.zeros(granules, dtype=np.int64)
+        # Who brought what lies there, and at which time of its own: the mbarrier that a copy completed, or the warp of
+        # another CTA that stored it; -1: the CTA itself.
+        self.landed_by = np.full(granules, -1, dtype=np.int64)
         self.landed_at = np.zeros(granules, dtype=np.int64)
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}
         self.alive = np.ones(ctas, dtype=bool)
@@ -134,13 +135,30 @@ class Transactions:
         rows = group.cta_slots[lanes] * self.warps + warp
         at[granule, warp] = self.clocks.known[rows, rows]
         by = self.landed_by[granule]
-        if by.any():
-            unknown = (by > 0) & (self.clocks.known[rows, by] < self.landed_at[granule])
+        if (by >= 0).any():
+            unknown = (by >= 0) & (self.clocks.known[rows, by] < self.landed_at[granule])
             if unknown.any():
                 place = int(unknown.argmax())
                 byte = int(index[place]) * width % self.shared.stride
-                what = f"{verb} shared byte {byte}, which a bulk copy brought, without having waited for its mbarrier"
+                what = f"{verb} shared byte {byte}, which came from another CTA or by a copy, without waiting for it"
                 raise self.fault(group, ins, lanes[place], f"race: {what}")
+
+    def store(self, group: "Group", ins: Instruction, addresses: Array, raw: Array, lanes: Array) -> None:
+        """Raw elements into the shared memory of any CTA of the cluster."""
+        width = raw.dtype.itemsize
+        for lane, address, value in zip(lanes.tolist(), addresses.tolist(), raw, strict=True):
+            slot, start = self.place(group, ins, lane, address)
+            if start % width or start + width > self.shared.size:
+                where = f"shared address {start} with {width} bytes of CTA {group.cta(slot)}"
+                raise self.fault(group, ins, lane, f"{where} is outside its {self.shared.size} bytes, or misaligned")
+            row, own = self.row(group, lane), int(group.cta_slots[lane])
+            if slot != own and not self.clocks.known[row, slot * self.warps : (slot + 1) * self.warps].all():
+                raise self.fault(group, ins, lane, f"stores to CTA {group.cta(slot)}, which may not have begun")
+            self.check_order(group, ins, lane, slot, start, width, "stores")
+            at = slot * self.shared.stride + start
+            self.shared.data[at : at + width] = np.array([value]).view(U8)
+            self.shared.state[at : at + width] = 0
+            self.landed_by[at // GRANULE], self.landed_at[at // GRANULE] = row, self.clocks.known[row, row]
 
     # ---- mbarriers
 
@@ -301,7 +319,13 @@ class Transactions:
             if not self.alive[slot]:
                 raise self.fault(group, ins, lane, f"copies into CTA {group.cta(slot)}, which has exited")
             found = self.find(group, ins, lane, slot, offset)
-            self.check_order(group, ins, lane, slot, start, size)
+            self.check_order(group, ins, lane, slot, start, size, "copies")
+            at = slot * self.shared.stride + start
+            theirs = slice(slot * self.warps, (slot + 1) * self.warps)
+            if (self.written_at[at // GRANULE : (at + size) // GRANULE] > self.fenced_at[theirs]).any():
+                what = f"copies {size} bytes at shared byte {start} of CTA {group.cta(slot)}, written"
+                raise self.fault(group, ins, lane, f"{what} with no fence.proxy.async between")
+            self.shared.state[at : at + size] |= U8(FLIGHT)
             found.flights.append(Flight(ins, own, slot, start, data))
             if found.pending == 0 and found.in_flight > found.bytes:
                 raise self.fault(group, ins, lane, f"more bytes than expected are on their way: {found}")
@@ -318,27 +342,26 @@ class Transactions:
         at = source - memory.origin
         return memory.views[1][at : at + size].copy()
 
-    def check_order(self, group: "Group", ins: Instruction, lane: int, slot: int, start: int, size: int) -> None:
-        """Raise unless all that happened to these bytes is known to the thread, and note that a copy is in flight."""
+    def check_order(
+        self, group: "Group", ins: Instruction, lane: int, slot: int, start: int, size: int, act: str
+    ) -> None:
+        """Raise unless all that happened to these bytes is known to the thread."""
         shared, row = self.shared, self.row(group, lane)
         at = slot * shared.stride + start
-        granules = slice(at // GRANULE, (at + size) // GRANULE)
+        granules = slice(at // GRANULE, -(-(at + size) // GRANULE))
         where = f"{size} bytes at shared byte {start} of CTA {group.cta(slot)}"
         if (shared.state[at : at + size] & FLIGHT).any():
-            raise self.fault(group, ins, lane, f"copies {where}, to which another copy is in flight")
+            raise self.fault(group, ins, lane, f"{act} {where}, to which another copy is in flight")
         theirs = slice(slot * self.warps, (slot + 1) * self.warps)
         known = self.clocks.known[row, theirs]
         for verb, done in (("reads", self.read_at), ("writes", self.written_at)):
             late = (done[granules] > known).any(axis=0)
             if late.any():
-                what = f"copies {where}, which warp {int(late.argmax())} {verb} with nothing between"
+                what = f"{act} {where}, which warp {int(late.argmax())} {verb} with nothing between"
                 raise self.fault(group, ins, lane, f"race: {what}")
-        if (self.written_at[granules] > self.fenced_at[theirs]).any():
-            raise self.fault(group, ins, lane, f"copies {where}, written with no fence.proxy.async between")
         by = self.landed_by[granules]
-        if ((by > 0) & (self.clocks.known[row, by] < self.landed_at[granules])).any():
-            raise self.fault(group, ins, lane, f"race: copies {where}, over a copy that it has not waited for")
-        shared.state[at : at + size] |= U8(FLIGHT)
+        if ((by >= 0) & (self.clocks.known[row, by] < self.landed_at[granules])).any():
+            raise self.fault(group, ins, lane, f"race: {act} {where}, over a copy that it has not waited for")
         if shared.races:
             shared.readers[at : at + size] = 0
 
