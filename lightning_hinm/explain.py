@@ -17,6 +17,7 @@ from lightning_hinm.backend import sparsify_graph
 from lightning_hinm.format import HiNMWeight, pack
 from lightning_hinm.layout import is_in_order
 from lightning_hinm.ops import expanded_bytes, form_of, hinm_conv2d, hinm_linear
+from lightning_hinm.options import Options
 from lightning_hinm.passes import find_calls, find_layer_calls, orders_of
 from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind, other_kind, plain_name
@@ -284,7 +285,7 @@ def _read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Reading:
         for node, layer in traced.pruned.items()
         if node not in reached
     ]
-    sparsified = sparsify_graph(gm, traced, "auto", "inductor")
+    sparsified = sparsify_graph(gm, traced, Options())
     owners = {id(each.tensor): each.module for each in traced.converted.values() if each.key == "metadata"}
     owners |= {id(twin.layer.metadata): traced.tensors[nodes[0]].module for twin, nodes in sparsified.twins}
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))

@@ -532,7 +532,7 @@ def test_convolutions_are_timed_on_images_as_the_graph_will_have_them(
         return Decision("sparse", "", 1.0, 1.0)
 
     monkeypatch.setattr("lightning_hinm.backend.decide", decide)
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs: gm.forward)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **_: gm.forward)
     function, x = torch.compile(separable(), backend="hinm", options={"inner": inner}), torch.randn(2, 3, 12, 12)
     with torch.inference_mode():
         function(x.to(memory_format=memory))
@@ -709,14 +709,44 @@ def test_plan_dense_runs_dense(net: Net) -> None:
         assert_same(compiled(net, plan="dense"), net, X, calls=0)
 
 
-def test_the_default_options_are_auto_and_inductor(net: Net) -> None:
-    assert lightning_hinm.backend._read_options({}) == ("auto", "inductor")
+def test_wrong_options_are_refused_where_the_model_is_compiled(net: Net) -> None:
+    with pytest.raises(Exception, match=r"mode='fast' must be one of default.*; plan='fast' must be one of auto"):
+        torch.compile(net, backend="hinm", options={"plan": "fast", "mode": "fast"})(X)
 
 
-def test_unknown_options_are_refused_together(net: Net) -> None:
-    expected = r"(?s)plan='fast' must be one of auto, sparse, dense.*'mode' is unknown, only plan and inner"
-    with pytest.raises(Exception, match=expected):
-        torch.compile(net, backend="hinm", options={"plan": "fast", "mode": "x"})(X)
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Inductor is told of its mode, graph by graph; nothing is compiled."""
+    found = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: Any = None, **_: Any) -> Any:
+        found.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return found
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense", "gradients", "no layout"])
+def test_a_mode_reaches_inductor_on_every_path(path: str, modes: list[Any]) -> None:
+    model = nn.Sequential(nn.ReLU()) if path == "no layout" else mlp()
+    grad, plan, calls = path == "gradients", "dense" if path == "dense" else "sparse", 2 if path == "sparse" else 0
+    function = torch.compile(model.train(grad), backend="hinm", options={"plan": plan, "mode": "max-autotune"})
+    with torch.set_grad_enabled(grad):
+        assert_same(function, model, torch.randn(3, 16), calls=calls)
+    assert modes == [torch._inductor.list_mode_options("max-autotune")]
+
+
+@pytest.mark.parametrize("mode", torch._inductor.list_mode_options())
+def test_every_mode_of_inductor_is_taken_as_torch_compile_takes_it(
+    mode: str, modes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_hinm.plan.measure", lambda workload: (2.0, 1.0))
+    model, x = mlp(), torch.randn(3, 16)
+    with torch.inference_mode():
+        torch.compile(model, mode=mode)(x)
+        assert_same(torch.compile(model, backend="hinm", mode=mode), model, x, calls=2)
+    assert modes == [torch._inductor.list_mode_options(mode)] * 2
 
 
 def fused_encoder() -> Any:
