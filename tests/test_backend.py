@@ -749,6 +749,27 @@ def test_every_mode_of_inductor_is_taken_as_torch_compile_takes_it(
     assert modes == [torch._inductor.list_mode_options(mode)] * 2
 
 
+@BOTH
+def test_of_all_that_a_graph_reads_cuda_graphs_copy_its_input_alone(
+    convert: Any, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights, dense and packed, count as static: read where they lie, at each call."""
+    from torch._inductor import compile_fx
+
+    compile_all, compile_inner, copied = compile_fx.compile_fx, compile_fx.compile_fx_inner, []
+
+    def record(gm: Any, inputs: Any, **given: Any) -> Any:
+        copied.extend(tuple(x.shape) for i, x in enumerate(inputs) if i not in given["static_input_idxs"])
+        assert given["cudagraphs"]
+        return compile_inner(gm, inputs, **given)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(compile_all, inner_compile=record))
+    function = torch.compile(convert(net), backend="hinm", options={"plan": "sparse", "mode": "reduce-overhead"})
+    with torch.inference_mode(), torch._functorch.config.patch(enable_autograd_cache=False):
+        assert_same(function, net, X)
+    assert copied == [tuple(X.shape)]
+
+
 def fused_encoder() -> Any:
     return pruned(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
 
