@@ -318,7 +318,7 @@ def _find_workloads(
             if shape is not None:
                 if call.kind == "linear":  # x of a fused call is the input of what it is fused into
                     shape = (*shape[:-1], twin.layer.shape[1])
-                workload = workload_of(layers[node].module, shape)
+                workload = workload_of(layers[node].module, shape, replayed=options.replays)
                 if call.kind == "conv2d":  # on a CPU, Inductor turns all images channels last
                     last = (turned and workload.device.type == "cpu") or is_channels_last(call.x.meta["example_value"])
                     workload = replace(workload, channels_last=last)

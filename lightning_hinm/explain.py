@@ -85,6 +85,10 @@ def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
     * once traced by Dynamo, to read in its graphs which layers run sparse, and what becomes of the order of each one's
       rows. That is what a compiled model does; in eager mode a converted one restores every order.
 
+    It takes no mode, but what Inductor is configured for: inside ``torch._inductor.config.patch({"triton.cudagraphs":
+    True})`` it explains ``mode="reduce-overhead"``, and on a GPU both times of a layer are those of a CUDA graph. The
+    times of the model stay those of eager mode.
+
     Args:
         model: pruned, converted, or neither: a layer without a layout is listed as dense.
         inputs: of ``model.forward``.
@@ -177,7 +181,7 @@ def _decide_layer(
 
     A graph may lack calls, or know those of a tied layer too, or have been made for inputs of other sizes.
     """
-    own = [workload_of(module, shape) for shape in shapes] or [workload_of(module)]
+    own = [workload_of(module, shape, replayed=Options().replays) for shape in shapes or (None,)]
     calls = [workload for each in traced for workload in each]
     same = not shapes or Counter(each.input_shape for each in calls) == Counter(each.input_shape for each in own)
     decided = decide(*calls) if traced else None

@@ -21,6 +21,15 @@ class Options(NamedTuple):
     inner: str = "inductor"
     mode: str = "default"
 
+    @property
+    def replays(self) -> bool:
+        """Whether what runs on a GPU is captured in CUDA graphs: the mode decides, else how Inductor is configured."""
+        if self.inner != "inductor":
+            return False
+        from torch._inductor import config, list_mode_options
+
+        return bool(list_mode_options(self.mode).get("triton.cudagraphs", config.triton.cudagraphs))
+
     def inner_backend(self) -> Callable[..., Any]:
         """What compiles the rest, in its mode."""
         if self.inner == "inductor":  # as torch.compile calls it, with all that it sets for CUDA graphs

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor import list_mode_options
+from torch._inductor import config, list_mode_options
 
 from lightning_hinm.options import Options, read_options
+
+GRAPHS = {"reduce-overhead": True, "max-autotune": True, "default": False, "max-autotune-no-cudagraphs": False}
 
 
 def test_the_default_options_are_auto_and_inductor_in_its_default_mode() -> None:
@@ -38,6 +40,17 @@ def test_what_is_unknown_or_does_not_go_together_is_refused_in_one_message(
 ) -> None:
     with pytest.raises(ValueError, match=expected):
         read_options(mode, options)
+
+
+@pytest.mark.parametrize(("mode", "replays"), GRAPHS.items())
+def test_a_mode_says_whether_a_gpu_runs_in_cuda_graphs(mode: str, replays: bool) -> None:
+    assert Options(mode=mode).replays == replays
+
+
+def test_what_inductor_is_set_to_counts_where_the_mode_says_nothing() -> None:
+    with config.patch({"triton.cudagraphs": True}):
+        assert all(Options(mode=mode).replays for mode in GRAPHS)
+        assert not Options(inner="aot_eager").replays, "only Inductor captures"
 
 
 def test_every_other_backend_is_that_of_torch() -> None:
