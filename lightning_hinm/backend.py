@@ -16,6 +16,7 @@ from lightning_hinm.layout import HiNMLayout
 from lightning_hinm.modules import HiNMLayer, Packing, pack_weight
 from lightning_hinm.ops import hinm_conv2d, hinm_linear, warn_once
 from lightning_hinm.ops.operands import is_channels_last
+from lightning_hinm.options import Options, read_options
 from lightning_hinm.passes import (
     LayerCall,
     absorb_orders_pass,
@@ -49,8 +50,6 @@ from lightning_hinm.workload import Workload, workload_of
 
 log = logging.getLogger(__name__)
 
-OPTIONS = {"plan": ("auto", "sparse", "dense"), "inner": ("inductor", "aot_eager", "eager")}
-
 
 class Sparsified(NamedTuple):
     """The twins that a graph runs, each with the placeholders that it is made of; and by the placeholder of its weight
@@ -71,7 +70,11 @@ class Origin(NamedTuple):
 
 
 def hinm_backend(
-    gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The backend ``"hinm"`` of ``torch.compile``.
 
@@ -82,18 +85,18 @@ def hinm_backend(
     Args:
         gm: from Dynamo; rewritten in place.
         example_inputs: from Dynamo: the real parameters among them.
+        mode: of Inductor, one of ``torch._inductor.list_mode_options()``: ``"reduce-overhead"`` runs in CUDA graphs.
         options: ``plan``: ``"auto"`` (default) leaves a layer dense where that is faster on inputs of the sizes that
             Dynamo has seen, ``"sparse"`` never and ``"dense"`` always. ``inner``, the backend for the rest:
-            ``"inductor"`` (default), ``"aot_eager"`` or ``"eager"``.
+            ``"inductor"`` (default), ``"aot_eager"`` or ``"eager"``. ``mode``, because ``torch.compile`` takes no
+            ``mode`` beside ``options``.
 
     Raises:
         ValueError: for unknown options, or weights that are not zero outside their pattern.
     """
-    plan, inner_name = _read_options(options or {})
-    from torch._dynamo.backends.registry import lookup_backend
-
-    inner = lookup_backend(inner_name)
-    if plan == "dense":
+    chosen = read_options(mode, options)
+    inner = chosen.inner_backend()
+    if chosen.plan == "dense":
         return inner(gm, example_inputs)
     traced = trace_tensors(gm, example_inputs)
     pruned = traced.pruned
@@ -118,7 +121,7 @@ def hinm_backend(
         return inner(gm, example_inputs)
     reached = {call.weight for call in find_calls(gm)}
     _warn_out_of_reach({each.name: node for node, each in pruned.items() if node not in reached})
-    twins = sparsify_graph(gm, traced, plan, inner_name).twins
+    twins = sparsify_graph(gm, traced, chosen).twins
     finish_graph(gm)
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     checks = [(twin, [positions[node] for node in nodes]) for twin, nodes in twins]
@@ -137,14 +140,13 @@ def hinm_backend(
     return run
 
 
-def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str, inner: str) -> Sparsified:
+def sparsify_graph(gm: fx.GraphModule, traced: Traced, options: Options) -> Sparsified:
     """The calls of pruned layers become sparse ops, which still restore all orders, and the norms behind them fold.
 
     Args:
         gm: from Dynamo; rewritten in place.
         traced: its tensors.
-        plan: ``"auto"`` leaves a layer dense where that is faster, ``"sparse"`` never.
-        inner: the backend that compiles the rest.
+        options: how it is compiled, not ``plan="dense"``.
 
     Raises:
         ValueError: for weights that are not zero outside their pattern; all offenders in one message.
@@ -153,8 +155,8 @@ def sparsify_graph(gm: fx.GraphModule, traced: Traced, plan: str, inner: str) ->
     reached = {call.weight for call in calls}
     pruned = {node: each for node, each in traced.pruned.items() if node in reached}
     twins, workloads = _make_twins(pruned), {}
-    if plan == "auto":
-        workloads = _find_workloads(gm, pruned, twins, calls, inner)
+    if options.plan == "auto":
+        workloads = _find_workloads(gm, pruned, twins, calls, options)
         twins = {node: twin for node, twin in twins.items() if _wins(twin.name, workloads[node])}
     converted = traced.converted
     lift_tensors_pass(gm, {node.name: each.tensor for node, each in converted.items()})
@@ -196,19 +198,6 @@ def repack(model: nn.Module) -> None:
             if all(source is not None for source in sources):  # else it is not fresh, whatever happens here
                 stale.append((twin, sources))
     repack_all(stale)  # type: ignore[arg-type]
-
-
-def _read_options(options: Mapping[str, Any]) -> tuple[str, str]:
-    wrong = [
-        f"{name}={value!r} must be one of {', '.join(OPTIONS[name])}"
-        if name in OPTIONS
-        else f"{name!r} is unknown, only {' and '.join(OPTIONS)} are options"
-        for name, value in options.items()
-        if name not in OPTIONS or value not in OPTIONS[name]
-    ]
-    if wrong:
-        raise ValueError(f"torch.compile(backend='hinm', options=...): {'; '.join(wrong)}.")
-    return options.get("plan", "auto"), options.get("inner", "inductor")
 
 
 def _make_twins(layers: Mapping[fx.Node, TracedTensor]) -> dict[fx.Node, PackedTwin]:
@@ -311,12 +300,12 @@ def _find_workloads(
     layers: Mapping[fx.Node, TracedTensor],
     twins: Mapping[fx.Node, PackedTwin],
     calls: Sequence[LayerCall],
-    inner: str,
+    options: Options,
 ) -> dict[fx.Node, list[Workload]]:
     """The calls of each layer: on the shapes that Dynamo saw, and each with the order and the storage that it would
     have if all layers were sparse."""
     mkldnn: Any = torch.backends.mkldnn
-    turned = inner == "inductor" and mkldnn.is_available() and mkldnn.enabled
+    turned = options.inner == "inductor" and mkldnn.is_available() and mkldnn.enabled
     trial = copy_graph(gm)
     _sparsify(trial, twins)
     finish_graph(trial)
@@ -329,7 +318,7 @@ def _find_workloads(
             if shape is not None:
                 if call.kind == "linear":  # x of a fused call is the input of what it is fused into
                     shape = (*shape[:-1], twin.layer.shape[1])
-                workload = workload_of(layers[node].module, shape)
+                workload = workload_of(layers[node].module, shape, replayed=options.replays)
                 if call.kind == "conv2d":  # on a CPU, Inductor turns all images channels last
                     last = (turned and workload.device.type == "cpu") or is_channels_last(call.x.meta["example_value"])
                     workload = replace(workload, channels_last=last)

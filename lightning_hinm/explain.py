@@ -17,6 +17,7 @@ from lightning_hinm.backend import sparsify_graph
 from lightning_hinm.format import HiNMWeight, pack
 from lightning_hinm.layout import is_in_order
 from lightning_hinm.ops import expanded_bytes, form_of, hinm_conv2d, hinm_linear
+from lightning_hinm.options import Options
 from lightning_hinm.passes import find_calls, find_layer_calls, orders_of
 from lightning_hinm.passes.sparsify import operand
 from lightning_hinm.pattern import layer_kind, other_kind, plain_name
@@ -83,6 +84,10 @@ def explain(model: nn.Module, *inputs: Any, **named_inputs: Any) -> ModelPlan:
       longer than a forward that is left alone, and the fused kernel of ``nn.TransformerEncoderLayer`` is not used;
     * once traced by Dynamo, to read in its graphs which layers run sparse, and what becomes of the order of each one's
       rows. That is what a compiled model does; in eager mode a converted one restores every order.
+
+    It takes no mode, but what Inductor is configured for: inside ``torch._inductor.config.patch({"triton.cudagraphs":
+    True})`` it explains ``mode="reduce-overhead"``, and on a GPU both times of a layer are those of a CUDA graph. The
+    times of the model stay those of eager mode.
 
     Args:
         model: pruned, converted, or neither: a layer without a layout is listed as dense.
@@ -176,7 +181,7 @@ def _decide_layer(
 
     A graph may lack calls, or know those of a tied layer too, or have been made for inputs of other sizes.
     """
-    own = [workload_of(module, shape) for shape in shapes] or [workload_of(module)]
+    own = [workload_of(module, shape, replayed=Options().replays) for shape in shapes or (None,)]
     calls = [workload for each in traced for workload in each]
     same = not shapes or Counter(each.input_shape for each in calls) == Counter(each.input_shape for each in own)
     decided = decide(*calls) if traced else None
@@ -284,7 +289,7 @@ def _read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Reading:
         for node, layer in traced.pruned.items()
         if node not in reached
     ]
-    sparsified = sparsify_graph(gm, traced, "auto", "inductor")
+    sparsified = sparsify_graph(gm, traced, Options())
     owners = {id(each.tensor): each.module for each in traced.converted.values() if each.key == "metadata"}
     owners |= {id(twin.layer.metadata): traced.tensors[nodes[0]].module for twin, nodes in sparsified.twins}
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))

@@ -217,6 +217,8 @@ def decide(*workloads: Workload) -> Decision:
     dense, sparse = sum(dense for dense, _ in times), sum(sparse for _, sparse in times)
     sizes = Counter("x".join(map(str, workload.input_shape)) for workload in workloads)
     calls = ", ".join(size if count == 1 else f"{count} calls of {size}" for size, count in sizes.items())
+    if workloads[0].replayed:
+        calls += " in a CUDA graph"
     choices = [predict(workload) for workload in workloads]
     paths = choices[0] if all(choices) and choices else {}
     predicted = {path: tuple(choice[path] for choice in choices) for path in paths}

@@ -20,7 +20,8 @@ Maker = Callable[..., tuple[HiNMWeight, Tensor | None]]
 class PackedTwin:
     """A packed layer that is made of other tensors, and the state of those when it was made.
 
-    All graphs that run it share one twin. They hold its buffers, so a repack in place reaches them all.
+    All graphs that run it share one twin. They hold its buffers, so a repack in place reaches them all, and the CUDA
+    graphs that are captured of them.
 
     Args:
         name: of the layer, for messages.

@@ -3,6 +3,7 @@
 Shapes: O rows, I columns.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from lightning_hinm.prune import layout_of
 # What a layer is timed on when no input is known: one short batch of tokens, or one small image.
 TOKENS, PIXELS = 128, (14, 14)
 SECONDS, LEAST, MOST = 0.1, 3, 25  # a measurement ends after this time, but has at least so many repetitions
+CAPTURED = 5e-3  # seconds of calls that one CUDA graph repeats: enough that its own start does not count
 
 Seconds = tuple[float, float]  # dense and sparse
 _measured: "dict[Workload, Seconds]" = {}
@@ -50,6 +52,7 @@ class Workload:
         feature_major_out: whether its result shall.
         channels_last: whether the images of a convolution lie so, then its result too.
         activation: that follows: a GPU kernel applies it before it writes.
+        replayed: whether it runs inside a CUDA graph: then it never waits for Python to launch it.
     """
 
     shape: tuple[int, ...]
@@ -67,10 +70,17 @@ class Workload:
     feature_major_out: bool = False
     channels_last: bool = False
     activation: str = "none"
+    replayed: bool = False
 
 
-def workload_of(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Workload:
-    """The workload of a pruned or a packed layer on an input of that shape; a small one if it is None."""
+def workload_of(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, replayed: bool = False) -> Workload:
+    """The workload of a pruned or a packed layer on an input of that shape; a small one if it is None.
+
+    Args:
+        module: the layer.
+        input_shape: of its input.
+        replayed: whether what runs on a GPU is replayed from CUDA graphs.
+    """
     packed, layout = packed_of(module), layout_of(module)
     if packed is not None:
         kind, shape, pattern, like = str(module.kind), packed.shape, packed.pattern, packed.values
@@ -80,7 +90,7 @@ def workload_of(module: nn.Module, input_shape: tuple[int, ...] | None = None) -
     else:
         raise ValueError(f"{type(module).__name__}: has no layout, so it has no sparse workload. Prune it first.")
     common: dict[str, Any] = {"pattern": pattern, "dtype": like.dtype, "device": like.device}
-    common["threads"] = torch.get_num_threads()
+    common |= {"threads": torch.get_num_threads(), "replayed": replayed and like.device.type == "cuda"}
     if kind in ("linear", "hf_conv1d"):
         return Workload(shape, input_shape=input_shape or (TOKENS, shape[1]), **common)
     kernel, dilation, stride = shape[2:], tuple(module.dilation), tuple(module.stride)  # type: ignore[arg-type]
@@ -121,12 +131,13 @@ def measuring_anew() -> Iterator[None]:
 def _take_turns(workload: Workload) -> Seconds:
     """The shortest of each counts: whatever else the machine does can only make a call longer."""
     with torch.inference_mode():  # in which a compiled model is meant to run: autograd would add to the sparse call
-        calls = _calls(workload)
+        calls = _calls(workload)  # held to the end: a CUDA graph does not keep alive what it reads
+        passes = [_capture(call, workload.device) if workload.replayed else (call, 1) for call in calls]
         times: tuple[list[float], list[float]] = ([], [])
         end = math.inf
         while len(times[0]) < LEAST or (len(times[0]) < MOST and time.perf_counter() < end):
-            for call, record in zip(calls, times, strict=True):
-                record.append(_seconds(call, workload.device))
+            for (run, count), record in zip(passes, times, strict=True):
+                record.append(_seconds(run, workload.device) / count)
             if end == math.inf:  # the first round is warm-up
                 end = time.perf_counter() + SECONDS
                 times[0].clear(), times[1].clear()  # type: ignore[func-returns-value]
@@ -158,6 +169,27 @@ def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tenso
         lambda: activate_(F.conv2d(x, weight, bias, *spatial, groups), activation),
         lambda: hinm_conv2d(x, *operands, *geometry, *pattern.fields, activation),
     )
+
+
+def _capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], int]:
+    """Replays a CUDA graph of so many calls that its start does not count, and how many they are."""
+    stream, graph = _side_stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # The first is warm-up: what a kernel or a BLAS sets up at its first call cannot be set up in a capture.
+            once = min(_seconds(call, device) for _ in range(LEAST))
+        count = math.ceil(CAPTURED / once)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(count):
+                call()
+    return graph.replay, count
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures, which the default stream cannot be: a BLAS keeps a workspace for every stream it meets."""
+    return torch.cuda.Stream(device)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -25,6 +25,7 @@ from lightning_hinm.plan import Decision
 from lightning_hinm.prune import layout_of
 from lightning_hinm.workload import Workload
 from tests.graphs import set_orders
+from tests.test_workload import replayed_everywhere
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 PATTERN = HiNMPattern(vector_size=8)
@@ -532,7 +533,7 @@ def test_convolutions_are_timed_on_images_as_the_graph_will_have_them(
         return Decision("sparse", "", 1.0, 1.0)
 
     monkeypatch.setattr("lightning_hinm.backend.decide", decide)
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs: gm.forward)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **_: gm.forward)
     function, x = torch.compile(separable(), backend="hinm", options={"inner": inner}), torch.randn(2, 3, 12, 12)
     with torch.inference_mode():
         function(x.to(memory_format=memory))
@@ -709,14 +710,122 @@ def test_plan_dense_runs_dense(net: Net) -> None:
         assert_same(compiled(net, plan="dense"), net, X, calls=0)
 
 
-def test_the_default_options_are_auto_and_inductor(net: Net) -> None:
-    assert lightning_hinm.backend._read_options({}) == ("auto", "inductor")
+def test_wrong_options_are_refused_where_the_model_is_compiled(net: Net) -> None:
+    with pytest.raises(Exception, match=r"mode='fast' must be one of default.*; plan='fast' must be one of auto"):
+        torch.compile(net, backend="hinm", options={"plan": "fast", "mode": "fast"})(X)
 
 
-def test_unknown_options_are_refused_together(net: Net) -> None:
-    expected = r"(?s)plan='fast' must be one of auto, sparse, dense.*'mode' is unknown, only plan and inner"
-    with pytest.raises(Exception, match=expected):
-        torch.compile(net, backend="hinm", options={"plan": "fast", "mode": "x"})(X)
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Inductor is told of its mode, graph by graph; nothing is compiled."""
+    found = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: Any = None, **_: Any) -> Any:
+        found.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return found
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense", "gradients", "no layout"])
+def test_a_mode_reaches_inductor_on_every_path(path: str, modes: list[Any]) -> None:
+    model = nn.Sequential(nn.ReLU()) if path == "no layout" else mlp()
+    grad, plan, calls = path == "gradients", "dense" if path == "dense" else "sparse", 2 if path == "sparse" else 0
+    function = torch.compile(model.train(grad), backend="hinm", options={"plan": plan, "mode": "max-autotune"})
+    with torch.set_grad_enabled(grad):
+        assert_same(function, model, torch.randn(3, 16), calls=calls)
+    assert modes == [torch._inductor.list_mode_options("max-autotune")]
+
+
+@pytest.mark.parametrize("mode", torch._inductor.list_mode_options())
+def test_every_mode_of_inductor_is_taken_as_torch_compile_takes_it(
+    mode: str, modes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_hinm.plan.measure", lambda workload: (2.0, 1.0))
+    model, x = mlp(), torch.randn(3, 16)
+    with torch.inference_mode():
+        torch.compile(model, mode=mode)(x)
+        assert_same(torch.compile(model, backend="hinm", mode=mode), model, x, calls=2)
+    assert modes == [torch._inductor.list_mode_options(mode)] * 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "configured", "calls"),
+    [
+        ("default", False, 0),
+        ("default", True, 2),
+        ("reduce-overhead", False, 2),
+        ("max-autotune-no-cudagraphs", False, 0),
+    ],
+)
+def test_auto_decides_by_the_times_of_cuda_graphs_where_the_model_will_run_in_them(
+    mode: str, configured: bool, calls: int, modes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed_everywhere(monkeypatch)
+    monkeypatch.setattr("lightning_hinm.plan.measure", lambda workload: (2.0, 1.0 if workload.replayed else 3.0))
+    model, x = mlp(), torch.randn(3, 16)
+    with torch.inference_mode(), torch._inductor.config.patch({"triton.cudagraphs": configured}):
+        assert_same(torch.compile(model, backend="hinm", mode=mode), model, x, calls=calls)
+
+
+@BOTH
+def test_of_all_that_a_graph_reads_cuda_graphs_copy_its_input_alone(
+    convert: Any, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights, dense and packed, count as static: read where they lie, at each call."""
+    from torch._inductor import compile_fx
+
+    compile_all, compile_inner, copied = compile_fx.compile_fx, compile_fx.compile_fx_inner, []
+
+    def record(gm: Any, inputs: Any, **given: Any) -> Any:
+        copied.extend(tuple(x.shape) for i, x in enumerate(inputs) if i not in given["static_input_idxs"])
+        assert given["cudagraphs"]
+        return compile_inner(gm, inputs, **given)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(compile_all, inner_compile=record))
+    function = torch.compile(convert(net), backend="hinm", options={"plan": "sparse", "mode": "reduce-overhead"})
+    with torch.inference_mode(), torch._functorch.config.patch(enable_autograd_cache=False):
+        assert_same(function, net, X)
+    assert copied == [tuple(X.shape)]
+
+
+@pytest.mark.gpu
+@BOTH
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(128)], ids=["plain", "folded"])
+def test_a_model_in_cuda_graphs_follows_its_weights_at_every_batch_size(convert: Any, norm: Any) -> None:
+    layers = [nn.Linear(64, 128), norm(), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 5)]
+    model = convert(pruned(nn.Sequential(*layers), HiNMPattern(vector_size=32)).half().cuda())
+    function = torch.compile(model, backend="hinm", options={"plan": "sparse", "mode": "reduce-overhead"})
+    counters = torch._dynamo.utils.counters["inductor"]
+    counters.clear()
+    with torch.inference_mode():
+        for batch in (4, 9):
+            for factor in (1.0, 2.0, 0.5):  # the first as it was packed, then packed anew into what a graph reads
+                for layer in (model[0], model[3]):
+                    (layer.values if convert is to_hinm else layer.weight).mul_(factor)
+                if convert is to_hinm:
+                    repack(model)
+                for _ in range(4):  # warm-up, capture, replays
+                    x = torch.randn(batch, 64, dtype=torch.float16, device="cuda")
+                    torch.testing.assert_close(function(x), model(x), rtol=1e-2, atol=1e-2)
+                if batch == 4:
+                    assert counters["cudagraph_recorded_non_static_inputs"] == 1, "captured once; x alone is copied"
+    assert counters["cudagraph_recorded_non_static_inputs"] > 1
+    assert not counters["cudagraph_skips"]
+
+
+@pytest.mark.gpu
+def test_auto_decides_for_cuda_graphs_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    model = pruned(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)), HiNMPattern(vector_size=32))
+    model, x = model.half().cuda(), torch.randn(4, 64, dtype=torch.float16, device="cuda")
+    before = copy.deepcopy(model.state_dict())
+    function = torch.compile(model, backend="hinm", mode="reduce-overhead")
+    with torch.inference_mode(), caplog.at_level(logging.INFO, logger="lightning_hinm"):
+        for _ in range(4):
+            torch.testing.assert_close(function(x), model(x), rtol=1e-2, atol=1e-2)
+    assert caplog.text.count("in a CUDA graph") == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def fused_encoder() -> Any:

@@ -24,6 +24,7 @@ from lightning_hinm.prune import layout_of
 from lightning_hinm.workload import Workload
 from tests.graphs import set_orders
 from tests.test_plan import Net
+from tests.test_workload import replayed_everywhere
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 PATTERN = HiNMPattern(vector_size=8)
@@ -105,6 +106,24 @@ def test_times_are_measured_there_and_then_and_the_backend_takes_them_over(monke
     with torch.inference_mode():
         torch.compile(model, backend="hinm", options={"inner": "eager"})(x)
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("inputs", [(), (torch.ones(3, 16),)], ids=["alone", "traced"])
+@pytest.mark.parametrize("converted", [False, True])
+def test_times_are_those_of_cuda_graphs_where_inductor_is_configured_for_them(
+    converted: bool, inputs: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed_everywhere(monkeypatch)
+    monkeypatch.setattr("lightning_hinm.plan.measure", lambda workload: (2.0, 1.0 if workload.replayed else 4.0))
+    model = pruned(nn.Sequential(nn.Linear(16, 24)))
+    model = to_hinm(model) if converted else model
+    for configured, ending in ((False, "16"), (True, "16 in a CUDA graph"), (False, "16")):
+        with torch._inductor.config.patch({"triton.cudagraphs": configured}):
+            (layer,) = explain(model, *inputs).layers
+        assert layer.path == ("sparse" if configured or converted else "dense")
+        assert layer.decision is not None
+        assert layer.decision.sparse_seconds == (1.0 if configured else 4.0)
+        assert layer.decision.calls.endswith(ending)
 
 
 def test_a_layer_with_a_forward_of_its_own_is_listed_as_dense(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:

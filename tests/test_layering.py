@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "lightning_hinm"
 ALLOWED: dict[str, set[str]] = {
     "__init__": {
         "pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune",
-        "ops", "modules", "plan", "store", "passes", "twins", "traced", "backend", "explain", "streams", "callback",
-        "metrics",
+        "ops", "modules", "plan", "store", "passes", "twins", "traced", "options", "backend", "explain", "streams",
+        "callback", "metrics",
     },
     "__main__": {"explain", "format", "kernels", "ops"},
     # core
@@ -37,10 +37,14 @@ ALLOWED: dict[str, set[str]] = {
     "passes": {"pattern", "layout", "format", "kernels", "ops", "modules", "workload"},
     "twins": {"layout", "format", "modules"},
     "traced": {"pattern", "ops", "modules", "prune"},
+    "options": set(),
     "backend": {
         "pattern", "layout", "format", "prune", "ops", "modules", "plan", "workload", "passes", "twins", "traced",
+        "options",
     },
-    "explain": {"pattern", "layout", "format", "prune", "ops", "plan", "workload", "passes", "traced", "backend"},
+    "explain": {
+        "pattern", "layout", "format", "prune", "ops", "plan", "workload", "passes", "traced", "options", "backend",
+    },
     "streams": {"pattern", "prune", "passes", "traced"},
     # training arm
     "callback": {"pattern", "layout", "saliency", "schedule", "mask", "gyro", "format", "prune", "metrics"},

@@ -64,6 +64,14 @@ def test_all_calls_of_a_layer_are_decided_together(monkeypatch: pytest.MonkeyPat
     assert decision.calls == "2 calls of 4x16, 9x16"
 
 
+def test_a_decision_for_cuda_graphs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = Workload((16, 16), PATTERN, (4, 16), torch.float32, CPU)
+    monkeypatch.setattr("lightning_hinm.plan.measure", lambda workload: (2.0, 1.0 if workload.replayed else 3.0))
+    launched, replayed = decide(workload), decide(replace(workload, replayed=True))
+    assert (launched.path, launched.calls) == ("dense", "4x16")
+    assert (replayed.path, replayed.calls) == ("sparse", "4x16 in a CUDA graph")
+
+
 def test_a_convolution_is_predicted_on_its_real_pixels() -> None:
     """Tokens that the gather kernel pads are no work of the dense layer, nor does anything read an image nine times."""
     pattern, cpu = HiNMPattern(32, 0.5), torch.device("cpu")

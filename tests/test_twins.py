@@ -54,6 +54,7 @@ def test_a_twin_is_fresh_until_a_source_changes_and_again_when_it_is_repacked(ch
     layer, bias = pruned(), torch.randn(16)
     twin = twin_for(layer, bias)
     held = twin.layer.operands
+    places = [None if tensor is None else tensor.data_ptr() for tensor in held]  # what a CUDA graph reads
     for which in (0, 1, 0):
         sources: list[Tensor] = [layer.weight, bias]
         assert twin.is_fresh(sources)
@@ -65,6 +66,7 @@ def test_a_twin_is_fresh_until_a_source_changes_and_again_when_it_is_repacked(ch
         assert torch.equal(unpack(twin.layer.packed), sources[0])
         assert torch.equal(twin.layer.bias, sources[1])  # type: ignore[arg-type]
         assert all(one is other for one, other in zip(twin.layer.operands, held, strict=True))  # in place
+        assert places == [None if tensor is None else tensor.data_ptr() for tensor in held]
         layer.weight, bias = sources  # type: ignore[assignment]
 
 

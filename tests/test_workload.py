@@ -1,17 +1,22 @@
 """One call of a pruned layer, timed: no test here depends on which of its two paths is faster."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from lightning_hinm import HiNMPattern, prune, to_hinm
 from lightning_hinm.ops import hinm_conv2d, hinm_linear
-from lightning_hinm.workload import Workload, _calls, measure, measuring_anew, workload_of
+from lightning_hinm.workload import CAPTURED, LEAST, Workload, _calls, _capture, measure, measuring_anew, workload_of
 from tests.test_plan import Net
 
 PATTERN = HiNMPattern(vector_size=8)
@@ -24,6 +29,16 @@ def net() -> Net:
     model = Net()
     prune(model, PATTERN, method="identity")
     return model
+
+
+def replayed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds for a model on a GPU holds here."""
+
+    def on_gpu(module: nn.Module, *shape: Any, replayed: bool) -> Workload:
+        return replace(workload_of(module, *shape), replayed=replayed)
+
+    for user in ("backend", "explain"):
+        monkeypatch.setattr(import_module(f"lightning_hinm.{user}"), "workload_of", on_gpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -86,6 +101,62 @@ def test_what_else_the_machine_does_now_and_then_does_not_count(monkeypatch: pyt
     assert measure(Workload((24, 20), PATTERN, (5, 20), torch.float32, CPU)) == (2.0, 1.0)
 
 
+def test_what_is_replayed_is_timed_so_and_apart_from_what_python_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = Workload((24, 20), PATTERN, (6, 20), torch.float32, CPU)
+    captured: list[Any] = []
+
+    def capture(call: Any, device: torch.device) -> tuple[Any, int]:
+        captured.append(call)
+        return call, 4
+
+    monkeypatch.setattr("lightning_hinm.workload._capture", capture)
+    monkeypatch.setattr("lightning_hinm.workload._seconds", lambda call, device: 8.0 if call in captured else 3.0)
+    for _ in range(2):
+        assert measure(launched) == (3.0, 3.0)
+        assert measure(replace(launched, replayed=True)) == (2.0, 2.0)
+    assert len(captured) == 2, "the dense call and the sparse one, once in a process"
+
+
+def test_a_call_is_warmed_up_beside_a_capture_and_repeated_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def entered(name: str) -> Iterator[None]:
+        seen.append(f"enter {name}")
+        yield
+        seen.append(f"leave {name}")
+
+    def seconds(call: Any, device: torch.device) -> float:
+        call()
+        return CAPTURED / 1.5
+
+    side, graph = mock.Mock(), mock.Mock()
+    monkeypatch.setattr("lightning_hinm.workload._side_stream", lambda device: side)
+    monkeypatch.setattr("lightning_hinm.workload._seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered("device"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered("stream" if stream is side else "another"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, stream, **__: entered("graph" if stream is side else "another"))
+    run, count = _capture(lambda: seen.append("call"), torch.device("cuda", 0))
+    warm_up, pass_ = ["enter stream", *["call"] * LEAST, "leave stream"], ["enter graph", "call", "call", "leave graph"]
+    assert (seen, count) == (["enter device", *warm_up, *pass_, "leave device"], 2)
+    side.wait_stream.assert_called_once_with("the current stream")
+    run()
+    graph.replay.assert_called_once_with()
+    assert seen.count("call") == LEAST + count, "a replay calls no Python"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 64), (64, 64, 1, 1)])
+def test_layers_are_timed_in_cuda_graphs_on_a_gpu(shape: tuple[int, ...]) -> None:
+    image: Any = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} if len(shape) == 4 else {}
+    x = (4, 64, 3, 3) if len(shape) == 4 else (4, 64)
+    workload = Workload(shape, HiNMPattern(32), x, torch.float16, torch.device("cuda", 0), **image)
+    for each in (workload, replace(workload, replayed=True)):
+        assert all(0 < seconds < 1 for seconds in measure(each))
+
+
 def test_a_measurement_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     measure(Workload((24, 20), PATTERN, (3, 20), torch.float32, CPU))
@@ -96,6 +167,13 @@ def test_a_measurement_leaves_the_global_generator_alone() -> None:
 def test_a_packed_layer_has_the_workload_of_the_dense_one(net: Net, name: str) -> None:
     converted = to_hinm(net)
     assert workload_of(net.get_submodule(name)) == workload_of(converted.get_submodule(name))
+
+
+def test_only_what_runs_on_a_gpu_is_replayed(net: Net) -> None:
+    assert not workload_of(net.linear, replayed=True).replayed
+    with FakeTensorMode():
+        net.linear.weight = nn.Parameter(torch.empty(32, 16, device="cuda"))
+    assert [workload_of(net.linear, replayed=replayed).replayed for replayed in (False, True)] == [False, True]
 
 
 def test_a_conv1d_is_timed_as_a_conv2d_over_images_of_height_1(net: Net) -> None:
