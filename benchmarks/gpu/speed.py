@@ -190,23 +190,17 @@ class Speed:
     def _variants(
         self, case: Case
     ) -> tuple[dict[tuple[str, str], HiNMWeight], dict[tuple[str, str], list[LinearOperands]]]:
-        """The weight in every variant, packed, and its copies: values and metadata are those of all variants."""
+        """The weight in every variant, packed, and its copies, each arranged by its own index."""
         packed, copies = {}, {}
         seed = int(torch.randint(2**31, (), generator=self.generator, device=self.machine.device))
         shape = case.layer.rows, case.layer.columns
-        base: list[LinearOperands] = []
         for output, index in VARIANTS:
             flags = {"permuted": index == "permuted", "restored": output == "restored"}
             self.generator.manual_seed(seed)
             one = packed[output, index] = random_weight(shape, case.pattern, DTYPE, self.generator, **flags)
             operands = linear_operands(one)
-            if not base:
-                count = self.machine.copies(sum(tensor.nbytes for tensor in fragments_of(operands)))
-                base = [operands, *(copy_weight(operands) for _ in range(count - 1))]
-            index_of_columns, rows = fragments_of(operands)[2:]
-            copies[output, index] = [
-                each._replace(columns=index_of_columns.clone(), restore=rows.clone()) for each in base
-            ]
+            count = self.machine.copies(sum(tensor.nbytes for tensor in fragments_of(operands)))
+            copies[output, index] = [operands, *(copy_weight(operands) for _ in range(count - 1))]
         return packed, copies
 
     def _bare_gather(self, feature: Tensor, copies: list[LinearOperands], expected: Tensor) -> list[Contender]:

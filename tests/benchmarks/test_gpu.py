@@ -177,7 +177,6 @@ def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     found = record.Record(tmp_path / "gpu.json")
     found.put("facts", record.facts(CPU))
-    monkeypatch.setattr(speed, "VARIANTS", speed.VARIANTS[:2])
     with emulated(clusters=False):
         machine, clock = dataclasses.replace(Machine.of(CPU), l2=1), Clock(CPU, least_rounds=1)
         assert steps.measure(found, machine, clock, print, scale=1000)
@@ -189,12 +188,13 @@ def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
     assert written["row"]["measured"]
     assert re.fullmatch(r'\(0, 0\): Gpu\("H100", ([\d.e+-]+, )+measured=True\),', written["row"]["python"])
     linear, conv = written["cases"]
-    times = {(entry["path"], entry["input"], entry["output"]): entry for entry in linear["times"]}
-    assert times["decode_8", "row", "restored"]["seconds"] > 0
-    assert times["decode_8", "row", "tile"]["error"] < 1e-2
-    assert times["gather_128", "feature", "restored"]["predicted"] > 0
-    assert times["gather_128", "feature", "tile"]["seconds"] > 0
-    assert "failed" in times["cusparselt", "row", "restored"]
+    times = {(entry["path"], entry["input"], entry["output"], entry["index"]): entry for entry in linear["times"]}
+    assert times["decode_8", "row", "restored", "permuted"]["seconds"] > 0
+    assert times["decode_8", "row", "tile", "permuted"]["error"] < 1e-2
+    assert times["decode_8", "row", "restored", "identity"]["error"] < 1e-2
+    assert times["gather_128", "feature", "restored", "permuted"]["predicted"] > 0
+    assert times["gather_128", "feature", "tile", "permuted"]["seconds"] > 0
+    assert "failed" in times["cusparselt", "row", "restored", "permuted"]
     assert linear["chosen"]["row"].startswith("decode")
     assert linear["decided"]["path"] in ("dense", "sparse")
     assert linear["predicted_dense"] > 0 < conv["predicted"]["sparse"]
