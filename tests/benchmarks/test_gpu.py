@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import correctness, goals, rates, record, sanitizer, speed, steps
@@ -209,6 +211,21 @@ def test_a_row_for_the_table_says_what_a_cluster_of_blocks_has() -> None:
         row = rates.peaks_of({}, Machine.of(CPU), "H100")
     assert row == dataclasses.replace(estimate((9, 0)), measured=True)
     assert rates.print_row(row, (9, 0)).endswith("gpc=16, measured=True),")
+
+
+def test_the_memory_is_measured_by_a_kernel_and_not_by_a_memcpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = rates.Rates(mock.Mock(device=CPU), mock.Mock(), scale=2**20)
+    seen: list[str] = []
+
+    def seconds(call: Callable[[], Any]) -> float:
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            call()
+        seen.extend(event.key for event in profiled.key_averages())
+        return 2.0
+
+    monkeypatch.setattr(measured, "_seconds", seconds)
+    assert measured.memory() == {"copy": 2 * 2 * 2**9 / 2.0}
+    assert seen == ["aten::neg"]
 
 
 def test_what_estimates_expect_of_the_goals_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
