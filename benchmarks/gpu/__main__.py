@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ SANITIZED = ("memcheck", "racecheck")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: passed, failed or skipped."""
+    """What became of a step, passed, failed or skipped, and what is to be said of it."""
 
     step: str
     outcome: str
@@ -134,7 +133,8 @@ def run_steps(record: Record, seconds: float, flags: Sequence[str] = ()) -> list
             # A case that has begun comes to its end, and the kernels are loaded before the first.
             limit = LIMITS.get(step, left + GRACE)
             outcome = run_process(step, [*own, "--step", step, "--seconds", f"{left - START:.0f}"], limit)
-        print(f"{step}: {outcome.outcome} in {outcome.seconds:.0f} s", flush=True)
+        found = f": {outcome.said}" if outcome.outcome == "passed" and outcome.said else ""
+        print(f"{step}: {outcome.outcome} in {outcome.seconds:.0f} s{found}", flush=True)
         outcomes.append(outcome)
         record = Record(record.path)  # the step wrote into it
         record.add("steps", vars(outcome))
@@ -146,8 +146,8 @@ def run_process(
 ) -> Outcome:
     """A step's process, its output passed through; one that does not end in time is killed with all its children."""
     print(f"---- {step}: {' '.join(command)}", flush=True)
-    start, tail = time.monotonic(), deque[str](maxlen=TAIL)
-    late = threading.Event()
+    start, late = time.monotonic(), threading.Event()
+    output: list[str] = []
     process = subprocess.Popen(  # noqa: S603
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
         env={**os.environ, **(environment or {})}, preexec_fn=os.setpgrp,
@@ -165,20 +165,20 @@ def run_process(
         with process.stdout as lines:
             for line in lines:
                 print(line, end="", flush=True)
-                tail.append(line)
+                output.append(line)
         code: int | None = process.wait()
     finally:
         timer.cancel()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    said = "".join(tail)
     code = None if late.is_set() else code
     if step in SANITIZED:
-        wrong = sanitizer.verdict(code, said)
+        passed, found = sanitizer.verdict(code, "".join(output))
     else:
-        wrong = None if code == 0 else f"no end after {limit:.0f} s" if code is None else f"exit code {code}"
-    outcome = "passed" if wrong is None else "failed"
-    return Outcome(step, outcome, round(time.monotonic() - start, 1), "" if wrong is None else f"{wrong}\n{said}")
+        passed = code == 0
+        found = "" if passed else f"no end after {limit:.0f} s" if code is None else f"exit code {code}"
+    said = found if passed else "\n".join((found, "".join(output[-TAIL:])))
+    return Outcome(step, "passed" if passed else "failed", round(time.monotonic() - start, 1), said)
 
 
 def conclude(record: Record, state: Any) -> None:

@@ -361,28 +361,111 @@ def test_the_default_run_ends_within_eight_minutes(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("code", "said", "wrong"),
     [
-        (0, CLEAN, None),
-        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", None),
+        (0, CLEAN, ""),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", ""),
         (86, "========= ERROR SUMMARY: 3 errors", "it found errors: SUMMARY: 3 errors"),
         (0, "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", "it found errors"),
         (1, CLEAN, "exit code 1"),
+        (86, CLEAN, "exit code 86"),
         (0, "Device not supported", "no summary"),
         (None, "", "did not end in time"),
     ],
 )
-def test_a_sanitizer_that_did_not_check_is_no_clean_bill(code: int | None, said: str, wrong: str | None) -> None:
-    found = sanitizer.verdict(code, f"{said}\n")
-    assert found is None if wrong is None else wrong in str(found)
+def test_a_sanitizer_that_did_not_check_is_no_clean_bill(code: int | None, said: str, wrong: str) -> None:
+    passed, found = sanitizer.verdict(code, f"{said}\n")
+    assert passed == (not wrong)
+    assert wrong in found
+
+
+def race(first: str, *others: str) -> str:
+    """As racecheck reports it."""
+    later = [f"=========     and {other} [640 hazards]" for other in others]
+    return "\n".join([f"========= Error: Race reported between {first}", *later, "========= \n"])
+
+
+FEATURES = "windowed_cluster_bf16_64_128_features"
+UNSEEN = [
+    race("Write access at windowed_cluster_f16_32_128+0x1c20", "Read access at windowed_cluster_f16_32_128+0x2170"),
+    race(f"Write access at {FEATURES}+0x1910", *(f"Read access at {FEATURES}+{at}" for at in ("0x20a0", "0x20c0"))),
+]
+RACES = {
+    "of other blocks": ["Write access at decode_cluster_f16_8+0x9c0", "Read access at decode_cluster_f16_8+0xa10"],
+    "without a cluster": ["Write access at windowed_f16_64_128+0x9c0", "Read access at windowed_f16_64_128+0xa10"],
+    "of two writes": [f"Write access at {FEATURES}+0x1910", f"Write access at {FEATURES}+0x20a0"],
+    "of writes and a read": [f"Write access at {FEATURES}+0x10", f"Write access at {FEATURES}+0x20",
+                             f"Read access at {FEATURES}+0x30"],
+    "of two kernels": ["Write access at windowed_f16_64_128+0x10", f"Read access at {FEATURES}+0x30"],
+}  # fmt: skip
+
+
+def summed_up(reports: list[str]) -> str:
+    count = len(reports)
+    return (
+        f"========= COMPUTE-SANITIZER\n{''.join(reports)}400 checks of 39 entries, 0 wrong, 0 failed\n"
+        f"========= RACECHECK SUMMARY: {count} hazards displayed ({count} errors, 0 warnings)\n"
+    )
+
+
+def test_reads_before_a_remote_mbarrier_are_no_race_with_the_write_after_it() -> None:
+    passed, found = sanitizer.verdict(sanitizer.EXIT, summed_up(UNSEEN))
+    assert passed
+    assert re.fullmatch(f"2 hazards do not count.* remote mbarriers: windowed_cluster_f16_32_128, {FEATURES}", found)
+
+
+@pytest.mark.parametrize("accesses", RACES.values(), ids=list(RACES))
+def test_any_other_race_counts_whatever_stands_beside_it(accesses: list[str]) -> None:
+    passed, found = sanitizer.verdict(sanitizer.EXIT, summed_up([UNSEEN[0], race(*accesses), UNSEEN[1]]))
+    assert not passed
+    assert found.endswith(f"races in {accesses[0].split()[3].split('+')[0]}")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (1, summed_up(UNSEEN)),  # the program's own code: results were wrong
+        (None, summed_up(UNSEEN)),
+        (sanitizer.EXIT, summed_up([*UNSEEN, "========= Error: something new\n"])),
+        (sanitizer.EXIT, "".join(UNSEEN)),
+    ],
+    ids=["wrong results", "no end", "what is no race", "no summary"],
+)
+def test_races_that_do_not_count_excuse_nothing_else(code: int | None, said: str) -> None:
+    assert not sanitizer.verdict(code, said)[0]
+
+
+def test_races_do_not_count_only_in_kernels_that_arrive_at_remote_mbarriers() -> None:
+    texts = {name: (kernels.FOLDER / f"{entry.kernel}.ptx").read_text() for name, entry in kernels.entries().items()}
+    remote = {name for name, text in texts.items() if re.search(r"mbarrier\.arrive\S*\.shared::cluster", text)}
+    assert remote == {name for name in texts if name.startswith(sanitizer.REMOTE)} != set()
+
+
+@pytest.mark.parametrize(
+    ("first", "outcome", "found"),
+    [
+        (UNSEEN[0], "passed", "40 hazards do not count, .*: windowed_cluster_f16_32_128"),
+        (race(*RACES["of other blocks"]), "failed", "it found errors: .*, races in decode_cluster_f16_8"),
+    ],
+    ids=["unseen", "race"],
+)
+def test_all_that_a_sanitizer_says_is_judged_and_its_end_is_kept(first: str, outcome: str, found: str) -> None:
+    said = summed_up([first] + [UNSEEN[0]] * 39)
+    ended = gpu.run_process("racecheck", [*PYTHON, f"import sys; print({said!r}); sys.exit({sanitizer.EXIT})"], 60.0)
+    verdict, *end = ended.said.splitlines()
+    assert ended.outcome == outcome
+    assert re.fullmatch(found, verdict)
+    assert len(end) == (0 if outcome == "passed" else gpu.TAIL)
 
 
 def test_the_sanitizer_is_found_where_cuda_home_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "bin" / sanitizer.NAME
     tool.parent.mkdir()
-    tool.touch(mode=0o755)
+    tool.write_text("#!/bin/sh\necho NVIDIA\necho Version 2025.1.0.0 $1\n")
+    tool.chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert sanitizer.find_tool() == tool
     assert sanitizer.command(tool, "racecheck", ["python3"])[1:3] == ["--tool", "racecheck"]
+    assert record.sanitizer_version() == "Version 2025.1.0.0 --version"
 
 
 def synthetic_case(case: Case, dense: float, sparse: float, rival: float) -> dict[str, Any]:
