@@ -230,11 +230,11 @@ class Speed:
             Contender(Key("dense", "channels_last"), rivals.channels_last),
             Contender(Key("op"), [partial(hinm_conv2d, rivals.x, *each) for each in copies], expected, eager=True),
         ]
-        dilation, facts = (1, 1), Record(chosen={"row": "op"})
+        dilation = 1, 1
         workload = Workload(shape, case.pattern, tuple(rivals.x.shape), *self.kind, stride, padding, dilation)
         predicted = plan.predict(workload)
+        facts: Record = {"chosen": {"row": path_of(predicted["sparse"])}}
         facts |= {"predicted": {path: choice.seconds for path, choice in predicted.items()}}
-        facts |= {"kernel": {path: choice.kernel for path, choice in predicted.items()}}
         return contenders, facts | self._decide(workload), []
 
     def _decide(self, workload: Workload) -> Record:
@@ -277,7 +277,7 @@ def run_cases(
 
 
 def line_of(name: str, record: Record) -> str:
-    """A case on one line: the dense time, and how many times faster the others are."""
+    """A case on one line: the dense time, and how many times faster the others are; of the op, also what it runs."""
     if "failed" in record:
         return f"{name}: failed, {record['failed']}"
     dense = seconds_of(record, "dense")
@@ -291,7 +291,8 @@ def line_of(name: str, record: Record) -> str:
         found, tile = entry.get("seconds"), seconds_of(record, entry["path"], entry["input"], output="tile")
         ratio = f"{dense / found:.2f}x" if found else "failed" if "failed" in entry else "not in a graph"
         ratio += f" ({dense / tile:.2f}x in tile order)" if tile else ""
-        parts.append(f"{entry['path']}{storage} {ratio}")
+        kernel = f" ({record['chosen'][entry['input']]})" if entry["path"] == "op" else ""
+        parts.append(f"{entry['path']}{storage}{kernel} {ratio}")
     return ", ".join(parts)
 
 

@@ -203,7 +203,11 @@ def test_measurements_and_comparisons_end_in_one_json_and_one_picture(
     assert {entry["path"] for entry in conv["times"]} == {"dense", "op"}
     assert any(goal["text"] == "decode, Llama" and not goal["reached"] for goal in written["goals"])
     assert (tmp_path / "out" / "gpu.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"decode_8 [\d.]+x \([\d.]+x in tile order\)(.|\n)*MISSED", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"decode_8 [\d.]+x \([\d.]+x in tile order\)(.|\n)*MISSED", said)
+    assert f", op ({linear['chosen']['row']}) " in said
+    assert f", op feature ({linear['chosen']['feature']}) " in said
+    assert f", op ({conv['chosen']['row']}) " in said
 
 
 def test_a_row_for_the_table_says_what_a_cluster_of_blocks_has() -> None:
