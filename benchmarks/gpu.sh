@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The kernels on a GPU: correctness, sanitizers, what bounds them, speed. One command on a machine with nothing but
-# python3, torch with CUDA, lightning and cuda-bindings; nothing is installed, nothing is fetched.
+# The kernels on a GPU: correctness, sanitizers, what bounds them, speed; and the permutation search there. One command
+# on a machine with nothing but python3, torch with CUDA, lightning, cuda-bindings and scipy; nothing is installed,
+# nothing is fetched.
 #
 #   benchmarks/gpu.sh                    at most eight minutes
 #   benchmarks/gpu.sh --full             the whole grid; --seconds N ends either sooner

@@ -37,6 +37,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from benchmarks.cpu import commit
+from benchmarks.magnitudes import random_layer
 from benchmarks.optimum import best_retained
 from benchmarks.prototype import prototype
 from benchmarks.ranks import search_by_ranks
@@ -62,14 +63,6 @@ def minilm() -> dict[str, Tensor]:
         for name, weight in sorted(weights.items())
         if name.startswith("encoder.layer.") and weight.dim() == 2
     }
-
-
-def random_layer(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Magnitudes of a layer whose rows and columns differ in scale, as those of trained layers do."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator).abs_()
-    weight *= torch.rand(rows, 1, generator=generator) + 0.1
-    return weight.mul_(torch.rand(1, columns, generator=generator) + 0.1)
 
 
 def convs() -> dict[str, Tensor]:

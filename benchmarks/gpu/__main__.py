@@ -6,6 +6,7 @@ correctness   every kernel against float64, on shapes, storages and surroundings
 memcheck      a part of that under compute-sanitizer, reads and writes out of bounds
 racecheck     the same, races in shared memory
 rates         what bounds the kernels here, and a row for the planner's table of GPUs
+search        the permutation search on the GPU: the same laws as on a CPU, its time, and what it sends to the host
 speed         layers of known networks against cuBLAS, cuDNN and cuSPARSELt; not after a wrong result
 
 A step that fails does not stop the others, but the exit code says so. All numbers go into one JSON, written after every
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from benchmarks.gpu.cases import all_cases, default_cases
 from benchmarks.gpu.clock import Clock, Machine
 from benchmarks.gpu.plot import draw_plot
 from benchmarks.gpu.record import ROOT, Record, copies_of, facts, nvidia_smi, path_for
+from benchmarks.gpu.search import MATRICES
 from lightning_hinm.ops.figures import estimate
 
 NEEDS_GPU = 2  # exit code
@@ -42,7 +43,7 @@ SHARED_LIMIT = 227 * 1024  # bytes of shared memory of a block, of compute capab
 SECONDS, FULL_SECONDS = 420.0, 3600.0
 LEAST_SPEED_SECONDS = 60.0  # whatever the steps before it took
 START = 15.0  # that a process takes before its first case
-LIMITS = {"correctness": 130.0, "memcheck": 75.0, "racecheck": 75.0, "rates": 80.0}
+LIMITS = {"correctness": 120.0, "memcheck": 70.0, "racecheck": 75.0, "rates": 50.0, "search": 45.0}
 GRACE = 25.0  # that the last step has beyond its own limit, to come to its end
 OWN = 30.0
 TAIL = 60  # lines of a step's output that the record keeps
@@ -51,7 +52,7 @@ SANITIZED = ("memcheck", "racecheck")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: passed, failed or skipped."""
+    """What became of a step, passed, failed or skipped, and what is to be said of it."""
 
     step: str
     outcome: str
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="only print what the library's estimates of an H100 expect of the goals; needs no GPU",
     )
-    parser.add_argument("--step", choices=("correctness", "sanitize", "rates", "speed"),
+    parser.add_argument("--step", choices=("correctness", "sanitize", "rates", "search", "speed"),
                         help="only that, in this process, into the JSON that is there; sanitize: what the two "
                         "sanitizers watch")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -107,6 +108,8 @@ def run_step(step: str, path: Path, device: torch.device, seconds: float, *, ful
         return steps.check(record, device, correctness.FULL, say)
     if step == "sanitize":
         return steps.sanitize(device, correctness.SUBSET, say)
+    if step == "search":
+        return steps.permute(record, device, MATRICES, seconds, say)
     machine, clock = Machine.of(device), Clock(device)
     if step == "rates":
         return steps.measure(record, machine, clock, say)
@@ -117,7 +120,7 @@ def run_steps(record: Record, seconds: float, flags: Sequence[str] = ()) -> list
     """All steps in turn, each in a process of its own, the last one with the time that the others left."""
     end, outcomes = time.monotonic() + seconds, []
     own = [sys.executable, "-m", "benchmarks.gpu", "--out", str(record.path), *flags]
-    for step in ("correctness", *SANITIZED, "rates", "speed"):
+    for step in ("correctness", *SANITIZED, "rates", "search", "speed"):
         left = max(end - time.monotonic(), LEAST_SPEED_SECONDS)
         wrong = Record(record.path).data.get("correctness", {}).get("wrong", [])
         if step == "speed" and wrong:
@@ -133,8 +136,10 @@ def run_steps(record: Record, seconds: float, flags: Sequence[str] = ()) -> list
         else:
             # A case that has begun comes to its end, and the kernels are loaded before the first.
             limit = LIMITS.get(step, left + GRACE)
-            outcome = run_process(step, [*own, "--step", step, "--seconds", f"{left - START:.0f}"], limit)
-        print(f"{step}: {outcome.outcome} in {outcome.seconds:.0f} s", flush=True)
+            call = [*own, "--step", step, "--seconds", f"{min(left, limit) - START:.0f}"]
+            outcome = run_process(step, call, limit)
+        found = f": {outcome.said}" if outcome.outcome == "passed" and outcome.said else ""
+        print(f"{step}: {outcome.outcome} in {outcome.seconds:.0f} s{found}", flush=True)
         outcomes.append(outcome)
         record = Record(record.path)  # the step wrote into it
         record.add("steps", vars(outcome))
@@ -146,8 +151,8 @@ def run_process(
 ) -> Outcome:
     """A step's process, its output passed through; one that does not end in time is killed with all its children."""
     print(f"---- {step}: {' '.join(command)}", flush=True)
-    start, tail = time.monotonic(), deque[str](maxlen=TAIL)
-    late = threading.Event()
+    start, late = time.monotonic(), threading.Event()
+    output: list[str] = []
     process = subprocess.Popen(  # noqa: S603
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
         env={**os.environ, **(environment or {})}, preexec_fn=os.setpgrp,
@@ -165,20 +170,20 @@ def run_process(
         with process.stdout as lines:
             for line in lines:
                 print(line, end="", flush=True)
-                tail.append(line)
+                output.append(line)
         code: int | None = process.wait()
     finally:
         timer.cancel()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    said = "".join(tail)
     code = None if late.is_set() else code
     if step in SANITIZED:
-        wrong = sanitizer.verdict(code, said)
+        passed, found = sanitizer.verdict(code, "".join(output))
     else:
-        wrong = None if code == 0 else f"no end after {limit:.0f} s" if code is None else f"exit code {code}"
-    outcome = "passed" if wrong is None else "failed"
-    return Outcome(step, outcome, round(time.monotonic() - start, 1), "" if wrong is None else f"{wrong}\n{said}")
+        passed = code == 0
+        found = "" if passed else f"no end after {limit:.0f} s" if code is None else f"exit code {code}"
+    said = found if passed else "\n".join((found, "".join(output[-TAIL:])))
+    return Outcome(step, "passed" if passed else "failed", round(time.monotonic() - start, 1), said)
 
 
 def conclude(record: Record, state: Any) -> None:

@@ -32,6 +32,7 @@ class Goal:
         wanted: the ratio, at least.
         found: with the output in tile order, where the goal is about a kernel's speed.
         restored: with the output in its own order, where ``found`` is not.
+        path: the kernel that the planner chose, where the goal is about its choice.
     """
 
     text: str
@@ -39,6 +40,12 @@ class Goal:
     wanted: float
     found: float
     restored: float | None = None
+    path: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The case, and what the planner chose there."""
+        return f"{self.case}, {self.path}" if self.path else self.case
 
     @property
     def reached(self) -> bool:
@@ -62,10 +69,12 @@ def goals_of(cases: Iterable[Record]) -> list[Goal]:
             speed_up = speed_up_of(case, storage)
             if speed_up is None or not is_chosen(case, storage):
                 continue
-            goals.append(Goal(f"chosen, so not slower than dense, {storage}-major", case["case"], 1.0, speed_up))
+            name, path = case["case"], case["chosen"][storage]
+            goals.append(Goal(f"chosen, so not slower than dense, {storage}-major", name, 1.0, speed_up, path=path))
             rival, own = cusparselt_seconds(case), chosen_seconds(case, storage)
             if rival is not None and own is not None:
-                goals.append(Goal(f"chosen, so ahead of cuSPARSELt, {storage}-major", case["case"], 1.0, rival / own))
+                text = f"chosen, so ahead of cuSPARSELt, {storage}-major"
+                goals.append(Goal(text, name, 1.0, rival / own, path=path))
         goals += _permutations(case)
     return goals
 
@@ -75,13 +84,13 @@ def _ratios(case: Record, storage: str) -> list[Goal]:
     tile, restored = (speed_up_of(case, storage, output=output) for output in ("tile", "restored"))
     if tile is None:
         return []
-    name, sparsity, tokens = case["case"], case["sparsity"], case["tokens"]
+    name, sparsity, tokens, path = case["case"], case["sparsity"], case["tokens"], case["chosen"][storage]
     goals = []
     if storage == "row" and "Llama" in name and tokens <= DECODE_TOKENS and sparsity in DECODE:
-        goals.append(Goal("decode, Llama", name, DECODE[sparsity], tile, restored))
+        goals.append(Goal("decode, Llama", name, DECODE[sparsity], tile, restored, path))
     large = tokens >= LEAST_TOKENS and min(case["rows"], case["columns"]) >= LEAST_SIDE
     if large and case["vector_size"] == VECTOR_SIZE and sparsity in MANY[storage]:
-        goals.append(Goal(f"many tokens, {storage}-major", name, MANY[storage][sparsity], tile, restored))
+        goals.append(Goal(f"many tokens, {storage}-major", name, MANY[storage][sparsity], tile, restored, path))
     return goals
 
 
@@ -179,9 +188,7 @@ def expected_table(records: Iterable[Record]) -> str:
             for goal in _ratios(record, storage):
                 path, word = record["chosen"][storage], "above" if goal.reached else "BELOW"
                 (roof,) = (time["roof"] for time in record["times"] if (time["path"], time["input"]) == (path, storage))
-                lines.append(
-                    f"{word} {goal.found:5.2f}x of {goal.wanted:.1f}x  {goal.text}: {goal.case}, {path} ({roof})"
-                )
+                lines.append(f"{word} {goal.found:5.2f}x of {goal.wanted:.1f}x  {goal.text}: {goal.where} ({roof})")
     return "\n".join(lines)
 
 
@@ -196,13 +203,13 @@ def table_of(data: Record) -> str:
     for goal in gains:
         restored = "" if goal.restored is None else f"({goal.restored:.2f}x) "
         lines.append(f"{'reached' if goal.reached else 'MISSED':8} {goal.found:5.2f}x {restored}of {goal.wanted:.1f}x  "
-                     f"{goal.text}: {goal.case}")  # fmt: skip
+                     f"{goal.text}: {goal.where}")  # fmt: skip
     for text in dict.fromkeys(goal.text for goal in goals if goal.wanted <= 1.0):
         same = [goal for goal in goals if goal.text == text]
         missed, least = [goal for goal in same if not goal.reached], min(goal.found for goal in same)
         word, wanted = "MISSED" if missed else "reached", same[0].wanted
         lines.append(f"{word:8} {len(same) - len(missed)} of {len(same)}  {text}: {least:.3f}x or more of {wanted:g}x")
-        lines += [f"           {goal.found:5.3f}x {goal.case}" for goal in missed]
+        lines += [f"           {goal.found:5.3f}x {goal.where}" for goal in missed]
     for text, remeasured in (("as it is", False), ("with this machine's figures", True)):
         regrets = [(regret, case["case"]) for case in cases if (regret := regret_of(case, remeasured=remeasured))]
         if regrets:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import sanitizer
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # Of installed packages, those that start so: what runs, and what it is compared with.
@@ -85,6 +87,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "packages": packages(),
         "nvidia_smi": nvidia_smi(),
+        "sanitizer": sanitizer_version(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -115,6 +118,13 @@ def nvidia_smi() -> dict[str, str] | None:
     said = _run(tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0")
     values = said.splitlines()[0].split(", ") if said else []
     return dict(zip(fields, values, strict=False)) or None
+
+
+def sanitizer_version() -> str | None:
+    """Of compute-sanitizer, on which it depends what it takes for an error; None without the tool."""
+    tool = sanitizer.find_tool()
+    said = _run(str(tool), "--version") if tool else ""
+    return next((line for line in said.splitlines() if line.startswith("Version")), None)
 
 
 def commit() -> str:

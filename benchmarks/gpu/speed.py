@@ -190,23 +190,17 @@ class Speed:
     def _variants(
         self, case: Case
     ) -> tuple[dict[tuple[str, str], HiNMWeight], dict[tuple[str, str], list[LinearOperands]]]:
-        """The weight in every variant, packed, and its copies: values and metadata are those of all variants."""
+        """The weight in every variant, packed, and its copies, each arranged by its own index."""
         packed, copies = {}, {}
         seed = int(torch.randint(2**31, (), generator=self.generator, device=self.machine.device))
         shape = case.layer.rows, case.layer.columns
-        base: list[LinearOperands] = []
         for output, index in VARIANTS:
             flags = {"permuted": index == "permuted", "restored": output == "restored"}
             self.generator.manual_seed(seed)
             one = packed[output, index] = random_weight(shape, case.pattern, DTYPE, self.generator, **flags)
             operands = linear_operands(one)
-            if not base:
-                count = self.machine.copies(sum(tensor.nbytes for tensor in fragments_of(operands)))
-                base = [operands, *(copy_weight(operands) for _ in range(count - 1))]
-            index_of_columns, rows = fragments_of(operands)[2:]
-            copies[output, index] = [
-                each._replace(columns=index_of_columns.clone(), restore=rows.clone()) for each in base
-            ]
+            count = self.machine.copies(sum(tensor.nbytes for tensor in fragments_of(operands)))
+            copies[output, index] = [operands, *(copy_weight(operands) for _ in range(count - 1))]
         return packed, copies
 
     def _bare_gather(self, feature: Tensor, copies: list[LinearOperands], expected: Tensor) -> list[Contender]:
@@ -236,11 +230,11 @@ class Speed:
             Contender(Key("dense", "channels_last"), rivals.channels_last),
             Contender(Key("op"), [partial(hinm_conv2d, rivals.x, *each) for each in copies], expected, eager=True),
         ]
-        dilation, facts = (1, 1), Record(chosen={"row": "op"})
+        dilation = 1, 1
         workload = Workload(shape, case.pattern, tuple(rivals.x.shape), *self.kind, stride, padding, dilation)
         predicted = plan.predict(workload)
+        facts: Record = {"chosen": {"row": path_of(predicted["sparse"])}}
         facts |= {"predicted": {path: choice.seconds for path, choice in predicted.items()}}
-        facts |= {"kernel": {path: choice.kernel for path, choice in predicted.items()}}
         return contenders, facts | self._decide(workload), []
 
     def _decide(self, workload: Workload) -> Record:
@@ -283,7 +277,7 @@ def run_cases(
 
 
 def line_of(name: str, record: Record) -> str:
-    """A case on one line: the dense time, and how many times faster the others are."""
+    """A case on one line: the dense time, and how many times faster the others are; of the op, also what it runs."""
     if "failed" in record:
         return f"{name}: failed, {record['failed']}"
     dense = seconds_of(record, "dense")
@@ -297,7 +291,8 @@ def line_of(name: str, record: Record) -> str:
         found, tile = entry.get("seconds"), seconds_of(record, entry["path"], entry["input"], output="tile")
         ratio = f"{dense / found:.2f}x" if found else "failed" if "failed" in entry else "not in a graph"
         ratio += f" ({dense / tile:.2f}x in tile order)" if tile else ""
-        parts.append(f"{entry['path']}{storage} {ratio}")
+        kernel = f" ({record['chosen'][entry['input']]})" if entry["path"] == "op" else ""
+        parts.append(f"{entry['path']}{storage}{kernel} {ratio}")
     return ", ".join(parts)
 
 

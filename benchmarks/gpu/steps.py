@@ -1,5 +1,6 @@
 """The steps that run on the GPU, each in a process of its own: what they do, and where it is recorded."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
@@ -10,6 +11,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.clock import Clock, Machine
 from benchmarks.gpu.rates import Rates, peaks_of, prepare, print_row
 from benchmarks.gpu.record import Record
+from benchmarks.gpu.search import Matrix, line_of, search_matrix, warm_up
 from benchmarks.gpu.speed import Speed, run_cases
 from lightning_hinm.ops import cost
 
@@ -52,6 +54,26 @@ def measure(record: Record, machine: Machine, clock: Clock, say: Say, *, scale: 
         say(f"{part}, for lightning_hinm.ops.figures.GPUS:\n    {record.data[part]['python']}")
     # cuSPARSELt is a rival, not a part: that it cannot run is a fact to record.
     return not [failure for failure in failures if not failure.startswith("cusparselt:")]
+
+
+def permute(record: Record, device: torch.device, matrices: Sequence[Matrix], seconds: float, say: Say) -> bool:
+    """The permutation search on each matrix, until the seconds are spent; what was not searched is listed."""
+    record.put("search", [])
+    record.put("not_searched", [str(matrix) for matrix in matrices])
+    warm_up(device)
+    end = time.perf_counter() + seconds
+    for matrix in matrices:
+        if time.perf_counter() > end:
+            say(f"not searched, for the seconds were spent: {'; '.join(record.data['not_searched'])}")
+            break
+        try:
+            found = search_matrix(matrix, device)
+        except Exception as error:  # one that fails must not cost the others
+            found = {"matrix": str(matrix), "failed": f"{type(error).__name__}: {error}"}
+        record.data["not_searched"].remove(str(matrix))
+        record.add("search", found)
+        say(line_of(found))
+    return not [1 for found in record.data["search"] if "failed" in found or found["wrong"]]
 
 
 def compare(
