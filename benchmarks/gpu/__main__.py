@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--expect",
         action="store_true",
-        help="only print what the library's estimates of an H100 expect of the goals; needs no GPU",
+        help="only print what the library's figures of an H200 expect of the goals; needs no GPU",
     )
     parser.add_argument("--step", choices=("correctness", "sanitize", "rates", "search", "speed"),
                         help="only that, in this process, into the JSON that is there; sanitize: what the two "
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.expect:
         figures = estimate((9, 0))
-        print(f"by estimates of an {figures.name}, without any measurement: speed-up over BLAS, output in tile order")
+        print(f"by the figures of an {figures.name} in the table: speed-up over BLAS, output in tile order")
         print(goals.expected_table(goals.expect(default_cases(), figures, SHARED_LIMIT)))
         return 0
     if options.plot:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,15 +91,14 @@ class Rates:
         thinner than 2:4: as near as they come to the rate of ``mma.sp``.
         """
         rows, columns, tokens = self._scaled(4096), self._scaled(1024), self._scaled(8192)
-        pattern, rates = HiNMPattern(128, 0.0, window=None), {}
+        pattern, rates = HiNMPattern(128, 0.0, window=256), {}
         packed = random_weight((rows, columns), pattern, torch.bfloat16, self.generator, restored=False)
-        operands, x = linear_operands(packed), self._randn(tokens, columns)
-        out = x.new_empty(tokens, rows)
-        for choice in cost.list_kernels(self._call(operands, x), self.machine.shared_limit, self.machine.gpu):
-            if choice.kernel.startswith("windowed"):
+        operands, x = linear_operands(packed), self._randn(columns, tokens).t()
+        out, call = x.new_empty(rows, tokens).t(), replace(self._call(operands, x), feature_major=True)
+        for choice in cost.list_kernels(call, self.machine.shared_limit, self.machine.gpu):
+            if choice.kernel != "unpack":
                 seconds = self._seconds(partial(gpu.run_linear, x, out, operands, choice))
                 rates[f"{choice.kernel}_{choice.tokens}"] = rows * columns * tokens / seconds
-        rates["gather_128"] = rows * columns * tokens / self._bare_gather(rows, columns, tokens, pattern)[0]
         return rates
 
     def transpose(self) -> Numbers:

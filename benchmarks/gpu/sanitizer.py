@@ -9,11 +9,6 @@ from pathlib import Path
 
 NAME = "compute-sanitizer"
 EXIT = 86  # ours, so that its verdict is told from the program's own
-# Kernels whose blocks tell each other by remote mbarriers that a buffer is free (csrc/cluster.cuh, ``arrive_at``). In
-# these racecheck takes the copy that fills the buffer next for a race with the reads before. Its release notes say that
-# up to 2026.1 it got such indirect orders between the blocks of a cluster wrong
-# (docs.nvidia.com/compute-sanitizer/ReleaseNotes). The interpreter in tests/ptx follows them, on the same PTX.
-REMOTE = "windowed_cluster_"
 PLACES = ("/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/cuda*/bin", "/opt/nvidia/cuda*/bin")
 
 
@@ -36,7 +31,7 @@ def find_tool() -> Path | None:
 def command(tool: Path, check: str, program: Sequence[str]) -> list[str]:
     """A program under ``memcheck`` or ``racecheck``."""
     # Calls that fail on purpose, such as asking an old driver for a new function, are the caller's to judge. And races
-    # are wanted all, not the first hundred: the verdict depends on where each one is.
+    # are wanted all, not the first hundred: the verdict names their kernels.
     flags = ["--report-api-errors", "no"] if check == "memcheck" else ["--print-limit", "0"]
     return [str(tool), "--tool", check, "--error-exitcode", str(EXIT), *flags, *program]
 
@@ -47,33 +42,19 @@ def environment(check: str) -> dict[str, str]:
 
 
 def verdict(code: int | None, said: str) -> tuple[bool, str]:
-    """Whether it found nothing that counts, and what it found. Without a summary it checked nothing.
+    """Whether it found nothing, and what it found. Whatever it returns, without a summary it checked nothing.
 
     Args:
-        code: what it returned; ``EXIT`` says that the program itself ended well. None: it was killed.
+        code: what it returned; None: it was killed.
         said: all of its output.
     """
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) \w+", said)
-    found, (races, unseen) = sum(int(count) for count in summaries), sort_races(said)
-    if code == 0 and summaries and not found:
-        return True, ""
-    if code == EXIT and 0 < found == len(unseen):
-        kernels = ", ".join(dict.fromkeys(unseen))
-        return True, f"{found} hazards do not count, for it does not follow orders by remote mbarriers: {kernels}"
-    if found:
-        where = [f"races in {', '.join(dict.fromkeys(races))}"] if races else []
+    if any(int(count) for count in summaries):
+        kernels = dict.fromkeys(re.findall(r"Race reported between \w+ access at (\w+)", said))
+        where = [f"races in {', '.join(kernels)}"] if kernels else []
         return False, f"it found errors: {', '.join(re.findall(r'SUMMARY: .*', said) + where)}"
+    if code == 0 and summaries:
+        return True, ""
     if code is None:
         return False, "it did not end in time"
     return False, f"exit code {code}" + ("" if summaries else ", and no summary: the tool did not run to its end")
-
-
-def sort_races(said: str) -> tuple[list[str], list[str]]:
-    """The kernel of each race that counts, and of each that does not: a write after reads in a kernel of ``REMOTE``."""
-    races: list[str] = []
-    unseen: list[str] = []
-    for report in said.split("Race reported between ")[1:]:
-        (kind, kernel), *others = re.findall(r"(Read|Write) access at (\w+)", report) or [("", "unknown")]
-        does_not_count = kernel.startswith(REMOTE) and kind == "Write" and set(others) == {("Read", kernel)}
-        (unseen if does_not_count else races).append(kernel)
-    return races, unseen

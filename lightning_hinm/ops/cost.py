@@ -1,4 +1,4 @@
-"""Which kernel takes a call, and how long it should take: the tightest of a few roofs.
+"""Which kernel takes a call, and how long it should take: the tightest of a few roofs, and what nothing overlaps.
 
 Shapes: O rows, I columns, N tokens, T tiles of V rows, K kept vectors of a tile, padded.
 """
@@ -26,6 +26,11 @@ CLUSTER = 4  # blocks that share their work, in the kernels that do
 MBARRIERS = 256  # bytes of shared memory by which a block waits for bulk copies, with what aligns the rest
 PADDING = 16  # bytes between columns that came by bulk copies
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
+# Measured on an H200, as benchmarks/results says.
+STEP_SECONDS = 0.64e-6  # that a block of the gather kernel takes for 64 kept vectors, if nothing else delays it
+CLUSTER_SECONDS = 1e-6  # that blocks of a cluster wait for each other
+GATHERS = 0.6e9  # of 32 kept vectors for one token, a second and multiprocessor: the decode kernel's 2-byte loads
+WINDOWED_RATE = 0.53  # of its tightest roof
 
 
 @dataclass(frozen=True)
@@ -190,32 +195,37 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
         "memory": (weight + 2 * call.rows * columns) / gpu.memory,
         "L2": (-(-columns // UNPACKED_COLUMNS) * weight + 2 * call.rows * columns) / gpu.l2,
     }
-    activated = max(4 * call.outputs * call.rows / gpu.memory, gpu.launch) if call.activated else 0.0
+    activated = 4 * call.outputs * call.rows / gpu.memory + gpu.launch if call.activated else 0.0
     dense = predict_dense(call, gpu)
     seconds = _tightest(unpacked, gpu)[0] + dense.seconds + activated
     yield Choice("unpack", 0, UNPACKED_SHARED, seconds, dense.roof)
 
     def predict(
-        kernel: str, tokens: int, high: int, shared: int, read: int, beside: Sequence[int], cluster: int = 1
-    ) -> Choice:
+        kernel: str, tokens: int, high: int, shared: int, read: int, beside: Sequence[int], *, cluster: int = 1,
+        more: float = 0.0, rate: float = 1.0, **other: float,
+    ) -> Choice:  # fmt: skip
         """For blocks of ``tokens`` tokens and ``high`` rows that read so many columns; ``beside``: the bytes that each
-        kernel moves that runs before or after."""
+        kernel moves that runs before or after; ``more``: seconds that nothing overlaps; ``other`` roofs."""
         wide = -(-n // tokens)
         blocks = wide * -(-rows // high)
-        filled = wide * -(-rows // (high * cluster)) * cluster  # with those that only fill up a cluster
-        at_once = gpu.multiprocessors
-        if cluster > 1:  # no cluster spans two processing clusters of the GPU
-            at_once = max(gpu.multiprocessors // gpu.gpc, 1) * (gpu.gpc // cluster) * cluster
-        # The last wave of blocks takes as long as a full one.
-        waves = -(-filled // at_once) * gpu.multiprocessors
+        filled, waves = fill(wide, high, cluster)
         roofs = {
             "memory": (weight + call.moved) / gpu.memory,
             "L2": (wide * weight + filled * tokens * read * 2 / cluster) / gpu.l2 * waves / max(filled, 1),
             "tensor cores": rows * kept * wide * tokens / gpu.sparse * waves / max(blocks, 1),
+            **other,
         }
-        seconds, roof = _tightest(roofs, gpu)
-        seconds += sum(max(moved / gpu.memory, gpu.launch) for moved in beside)
+        seconds, roof = _tightest({name: seconds / rate for name, seconds in roofs.items()}, gpu)
+        seconds += more + sum(moved / gpu.memory + gpu.launch for moved in beside)
         return Choice(kernel, tokens, shared, seconds, roof)
+
+    def fill(wide: int, high: int, cluster: int) -> tuple[int, int]:
+        """Blocks, with those that only fill up a cluster, and the same in whole waves: the last one takes as long."""
+        filled = wide * -(-rows // (high * cluster)) * cluster
+        at_once = gpu.multiprocessors
+        if cluster > 1:  # no cluster spans two processing clusters of the GPU
+            at_once = max(gpu.multiprocessors // gpu.gpc, 1) * (gpu.gpc // cluster) * cluster
+        return filled, -(-filled // at_once) * gpu.multiprocessors
 
     clusters = (1, CLUSTER) if gpu.gpc >= CLUSTER else (1,)  # where it gains nothing, the first one is chosen
     if call.planes is None:
@@ -231,22 +241,27 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
                 held = columns if cluster == 1 else -(-len(runs) // cluster) * window
                 name, rows_of_warp = ("decode", 32) if cluster == 1 else ("decode_cluster", min(height, 64))
                 shared = decode_weights(rows_of_warp) + 2 * decode_pitch(held) * min(n, tokens)
-                yield predict(name, tokens, DECODE_ROWS, shared, columns, turns, cluster)
+                # Only once the input is there are weights multiplied.
+                filled, waves = fill(-(-n // tokens), DECODE_ROWS, cluster)
+                more = filled * min(n, tokens) * columns * 2 / cluster / gpu.l2 * waves / max(filled, 1)
+                more += rows / rows_of_warp * kept / 32 * n / (GATHERS * gpu.multiprocessors)
+                more += CLUSTER_SECONDS if cluster > 1 else 0.0
+                yield predict(name, tokens, DECODE_ROWS, shared, 0, turns, cluster=cluster, more=more)
         # The others want columns, and columns come out.
         ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
         beside = [turned for turned, lies_so in ways if not lies_so]
         for tokens in (128, 64):
             shared = 2 * tokens * held_columns(window, len(runs), tokens)
-            yield predict("windowed", tokens, WINDOWED_ROWS, shared, columns, beside)
+            yield predict("windowed", tokens, WINDOWED_ROWS, shared, columns, beside, rate=WINDOWED_RATE)
         if gpu.gpc and n % ALIGNED == 0:  # else there is no whole copy of the last tokens
             shared = (2 * 128 + PADDING) * held_columns(window, len(runs), 128, PADDING) + MBARRIERS
-            yield predict("windowed_bulk", 128, WINDOWED_ROWS, shared, columns, beside)
+            yield predict("windowed_bulk", 128, WINDOWED_ROWS, shared, columns, beside, rate=WINDOWED_RATE)
     elif not call.planes.gathered:
         return
     else:
         beside = [2 * call.planes.shifted] if call.planes.shifted else []
-    shared = gather_shared(height, kept)
-    yield predict("gather", GATHER_TOKENS, height, shared, kept, beside)
+    yield predict("gather", GATHER_TOKENS, height, gather_shared(height, kept), kept, beside,
+                  latency=kept / 64 * STEP_SECONDS)  # fmt: skip
 
 
 def decode_weights(rows: int) -> int:
@@ -279,5 +294,6 @@ def gather_shared(height: int, kept: int) -> int:
 
 
 def _tightest(roofs: dict[str, float], gpu: Gpu) -> tuple[float, str]:
+    """The seconds of a kernel, its launch with them, and what most of them are."""
     roof = max(roofs, key=lambda name: roofs[name])
-    return (roofs[roof], roof) if roofs[roof] > gpu.launch else (gpu.launch, "launch")
+    return roofs[roof] + gpu.launch, roof if roofs[roof] > gpu.launch else "launch"

@@ -33,7 +33,7 @@ class Gpu:
         sparse: FLOP a second of ``mma.sp``, counted on non-zeros.
         dense: FLOP a second of its BLAS.
         multiprocessors: how many blocks run at once, if each has one to itself.
-        launch: seconds that a kernel takes at least.
+        launch: seconds that a kernel takes besides.
         gpc: multiprocessors of the least of its processing clusters, in one of which the blocks of a cluster lie; 0
             where no kernel has clusters of blocks.
         measured: whether these were measured, or are estimates from data sheets.
@@ -45,17 +45,18 @@ class Gpu:
     sparse: float
     dense: float
     multiprocessors: int
-    launch: float = 3e-6
+    launch: float = 2e-6
     gpc: int = 0
     measured: bool = False
 
 
-# By compute capability: a newer one that is missing takes the last before it. Estimates, none of them measured.
+# By compute capability: a newer one that is missing takes the last before it. Estimates, but for those measured on an
+# H200 (benchmarks/results/gpu-nvidia-h200.json); an H100 has a slower memory.
 GPUS = {
     (8, 0): Gpu("A100", 1.4e12, 4.5e12, 300e12, 270e12, 108),
     (8, 6): Gpu("RTX 30", 0.85e12, 2.2e12, 68e12, 68e12, 82),
     (8, 9): Gpu("RTX 40", 0.9e12, 4.5e12, 150e12, 150e12, 128),
-    (9, 0): Gpu("H100", 3.0e12, 6.0e12, 440e12, 700e12, 132, gpc=16),
+    (9, 0): Gpu("H200", 4.18e12, 7.8e12, 231e12, 742e12, 132, 1.8e-6, gpc=16, measured=True),
     (10, 0): Gpu("B200", 7.0e12, 10e12, 440e12, 1600e12, 148),
     (12, 0): Gpu("RTX 50", 1.5e12, 5.0e12, 200e12, 200e12, 170),
 }

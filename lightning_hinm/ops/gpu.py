@@ -165,6 +165,13 @@ def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor
     spatial = _spatial(operands)
     sizes = (rows, _in_features(operands), tuple(images.shape), size, *spatial)
     choice = choose_for_images(x.device, _pattern_fields(operands), sizes, operands.activation != "none")
+    return run_conv2d(x, operands, size, choice)
+
+
+def run_conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int], choice: Choice) -> Tensor:
+    """One call on the kernel that was chosen, on at least one image."""
+    images, rows, (high, wide) = x.reshape(-1, *x.shape[-3:]), operands.output_order.shape[0], size
+    spatial = _spatial(operands)
     kernel, stride, padding, dilation = spatial
     if choice.kernel == "unpack":
         dense = _unpack(operands).reshape(rows, -1, *kernel)
