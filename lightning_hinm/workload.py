@@ -4,6 +4,7 @@ Shapes: O rows, I columns.
 """
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from lightning_hinm.prune import layout_of
 TOKENS, PIXELS = 128, (14, 14)
 SECONDS, LEAST, MOST = 0.1, 3, 25  # a measurement ends after this time, but has at least so many repetitions
 CAPTURED = 5e-3  # seconds of calls that one CUDA graph repeats: enough that its own start does not count
+MOST_COPIES = 64  # of a weight
 
 Seconds = tuple[float, float]  # dense and sparse
 _measured: "dict[Workload, Seconds]" = {}
@@ -155,20 +157,33 @@ def _calls(workload: Workload) -> tuple[Callable[[], Tensor], Callable[[], Tenso
     x, weight, bias = numbers(*workload.input_shape), numbers(*shape), numbers(shape[0])
     packed = random_weight(shape, pattern, workload.dtype, generator, groups=groups, restored=workload.restored)
     operands = (*packed.tensors.values(), bias, *expand_all(packed, groups=groups).values())
+    weights, packed_weights = _in_turn((weight,), workload), _in_turn(operands, workload)
     if len(shape) == 2:
         stored = x.movedim(-1, 0).contiguous().movedim(0, -1) if workload.feature_major else x
         tail = (shape[1], *pattern.fields, activation, workload.feature_major_out)
         return (
-            lambda: activate_(F.linear(x, weight, bias), activation),
-            lambda: hinm_linear(stored, *operands, *tail),
+            lambda: activate_(F.linear(x, next(weights)[0], bias), activation),
+            lambda: hinm_linear(stored, *next(packed_weights), *tail),
         )
     x = x.to(memory_format=torch.channels_last) if workload.channels_last else x
     spatial = (workload.stride, workload.padding, workload.dilation)
     geometry = (shape[1] * groups, *shape[2:], *(size for pair in spatial for size in pair), groups)
     return (
-        lambda: activate_(F.conv2d(x, weight, bias, *spatial, groups), activation),
-        lambda: hinm_conv2d(x, *operands, *geometry, *pattern.fields, activation),
+        lambda: activate_(F.conv2d(x, next(weights)[0], bias, *spatial, groups), activation),
+        lambda: hinm_conv2d(x, *next(packed_weights), *geometry, *pattern.fields, activation),
     )
+
+
+def _in_turn(tensors: tuple[Any, ...], workload: Workload) -> Iterator[tuple[Any, ...]]:
+    """The same for every call; but in a CUDA graph, whose calls follow at once, copies in turn: as in a model, where
+    others come between, the L2 cache has forgotten a weight when it is its turn again."""
+    if not workload.replayed:
+        return itertools.repeat(tensors)
+    held = [tensor for tensor in tensors if tensor is not None]
+    cache = torch.cuda.get_device_properties(workload.device).L2_cache_size
+    count = min(math.ceil(2 * cache / sum(tensor.nbytes for tensor in held)), MOST_COPIES)
+    copies = [tuple(None if tensor is None else tensor.clone() for tensor in tensors) for _ in range(count - 1)]
+    return itertools.cycle([tensors, *copies])
 
 
 def _capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], int]:

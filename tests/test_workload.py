@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -111,10 +112,25 @@ def test_what_is_replayed_is_timed_so_and_apart_from_what_python_launches(monkey
 
     monkeypatch.setattr("lightning_hinm.workload._capture", capture)
     monkeypatch.setattr("lightning_hinm.workload._seconds", lambda call, device: 8.0 if call in captured else 3.0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=0))
     for _ in range(2):
         assert measure(launched) == (3.0, 3.0)
         assert measure(replace(launched, replayed=True)) == (2.0, 2.0)
     assert len(captured) == 2, "the dense call and the sparse one, once in a process"
+
+
+def test_calls_in_a_graph_meet_a_weight_that_the_cache_has_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = Workload((24, 20), PATTERN, (6, 20), torch.float32, CPU, replayed=True)
+    size, seen = 24 * 20 * 4, list[int]()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=size))
+    monkeypatch.setattr("lightning_hinm.workload.F.linear", lambda x, weight, bias: seen.append(weight.data_ptr()) or x)
+    dense, sparse = _calls(workload)
+    for _ in range(6):
+        dense()
+    assert seen[:2] == seen[2:4] == seen[4:]
+    assert len(set(seen)) == 2, "two of them, so that together they are twice what the cache holds"
+    monkeypatch.undo()
+    assert len({tuple(sparse().flatten().tolist()) for _ in range(3)}) == 1, "copies of one weight"
 
 
 def test_a_call_is_warmed_up_beside_a_capture_and_repeated_inside(monkeypatch: pytest.MonkeyPatch) -> None:
