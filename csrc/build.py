@@ -3,7 +3,7 @@
 The same compiler gives the same bytes, in any folder. The ``.version`` line is lowered to what the instructions need,
 so that older drivers take the text; ptxas refuses it where that is too low. Where a text multiplies sparse matrices, a
 second one says ``mma.sp::ordered_metadata``, the form of PTX ISA 8.5, for GPUs of compute capability 10 and up.
-Compiled for compute capability 9, some sources give another kernel, of what only that has (hopper.cuh).
+Compiled for compute capability 9, decode.cu gives another kernel, whose blocks share their work (cluster.cuh).
 """
 
 import argparse
@@ -26,9 +26,8 @@ FLAGS = ("-ptx", "-std=c++17", "-O3")
 PLAIN = {"target": "sm_80", "ptx_version": "7.4", "driver": 11040, "capability": [[8, 0], [9, 99]]}
 ORDERED = {"target": "sm_80", "ptx_version": "8.5", "driver": 12050, "capability": [[10, 0], [99, 99]]}
 ANY = {**PLAIN, "capability": [[8, 0], [99, 99]]}
-HOPPER = {"target": "sm_90", "ptx_version": "8.0", "driver": 12000, "capability": [[9, 0], [9, 99]]}
-OF_HOPPER = {"decode_cluster": "decode", "windowed_bulk": "windowed"}  # by kernel, its source
-CLUSTER = 4  # blocks along x: as in hopper.cuh
+CLUSTERED = {"target": "sm_90", "ptx_version": "8.0", "driver": 12000, "capability": [[9, 0], [9, 99]]}
+CLUSTER = 4  # blocks along x: as in cluster.cuh
 NEWEST_TO_11 = "7.8"  # the newest PTX version that CUDA 11's assembler knows
 KNOWN_TO_11 = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")  # to CUDA 11's assembler
 KNOWN_TO_12 = (*KNOWN_TO_11, "sm_100", "sm_120")  # to that of CUDA 12.8, the first to know any for an ordered text
@@ -119,28 +118,6 @@ def describe_entries() -> dict[str, dict[str, Any]]:
                 "grid": [["packed_rows", 32], ["tokens", tokens], 1],
                 **({"cluster": CLUSTER} if shares else {}),
                 "shared": {"bytes": 8 * (128 // rows) * (36 * rows + 64), "per": {"held": 2}},
-            }
-        for (kernel, tokens), rows in product((("windowed", 128), ("windowed", 64), ("windowed_bulk", 128)), (32, 64)):
-            bulk = kernel == "windowed_bulk"
-            # Columns that bulk copies wrote are 16 bytes longer, so that they do not lie in the same banks.
-            pitch, written = 2 * tokens + (16 if bulk else 0), 64 * (tokens + 8) * 4
-            entries[f"{kernel}_{short}_{rows}_{tokens}"] = {
-                "kernel": kernel,
-                "parameters": [
-                    *_weight(dtype, "[columns, tokens], rows x_stride apart", "[rows, tokens], rows out_stride apart"),
-                    *_numbers("tokens", "packed_rows", "columns", "x_stride", "out_stride", "vector_size", "kept"),
-                    *_numbers("window", "held", "kept_of_window", "kept_of_last", "activation"),
-                ],
-                "rules": f"vector_size is a multiple of {rows}; x_stride is a multiple of 8; "
-                + ("tokens is a multiple of 8; " if bulk else "")
-                + "run r is columns r * window .. min((r + 1) * window, columns) - 1, and vector_index lists the runs "
-                "in order; window = columns where there is one; kept_of_window is that of each run but the last, "
-                "kept_of_last of the last, both multiples of 32, (runs - 1) * kept_of_window + kept_of_last <= kept; "
-                f"tokens <= {tokens} * 65535; held = max(window times 2, or times 1 where there is one run, "
-                f"{-(-written // pitch)})",
-                "block": 256,
-                "grid": [["packed_rows", 256], ["tokens", tokens], 1],
-                "shared": {"bytes": 0, "per": {"held": pitch}},
             }
         for rows in (32, 64, 128):
             entries[f"gather_{short}_{rows}"] = {
@@ -253,8 +230,8 @@ def compile_texts(folder: Path) -> dict[str, list[dict[str, Any]]]:
     texts: dict[str, list[dict[str, Any]]] = {}
     with TemporaryDirectory() as scratch:
         for kernel in sorted({entry["kernel"] for entry in describe_entries().values()}):
-            source = f"csrc/{OF_HOPPER.get(kernel, kernel)}.cu"
-            first = HOPPER if kernel in OF_HOPPER else PLAIN
+            source = f"csrc/{kernel.removesuffix('_cluster')}.cu"
+            first = CLUSTERED if kernel.endswith("_cluster") else PLAIN
             flags = [*FLAGS, f"-arch=compute_{str(first['target'])[3:]}"]
             compiled = Path(scratch) / f"{kernel}.ptx"
             _run("nvcc", *flags, "-o", str(compiled), str(SOURCES.parent / source))

@@ -7,8 +7,8 @@
 // A cluster of C CTAs computes 32 * C rows, and shares the runs of a windowed pattern out: each CTA multiplies its part
 // of them for all these rows. So it holds a part of the input only, which leaves room for more CTAs, whose weights are
 // then all on their way at once. In the end each sends the others what they need for their own 32 rows.
+#include "cluster.cuh"
 #include "hinm.cuh"
-#include "hopper.cuh"
 
 constexpr int ROWS = 32;
 constexpr int WARPS = 8;
@@ -119,7 +119,8 @@ __device__ __forceinline__ void decode(
             }
         }
     }
-    __syncthreads();  // all warps are done with weights and input
+    wait_copies<0>();
+    __syncthreads();  // nothing is on its way any more, and all warps are done with what came
 
     // Neighbours in a warp are neighbours among the rows, and each warp has a token of eight.
     float found[N_BLOCKS] = {};

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.guards
 
+import lightning_hinm.backend
 from lightning_hinm.ops import warn_once
 
 os.environ["LIGHTNING_HINM_LAYOUTS"] = "off"  # a search that is tested is a search that runs
@@ -21,6 +22,10 @@ os.environ["LIGHTNING_HINM_LAYOUTS"] = "off"  # a search that is tested is a sea
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 torch._logging._internal.trace_log.handlers.clear()
 torch._logging._internal.trace_log.propagate = True
+
+# Where the package runs from its source and nothing is installed, no entry point names the backend.
+if "hinm" not in torch._dynamo.list_backends():
+    torch._dynamo.register_backend(lightning_hinm.backend.hinm_backend, name="hinm")
 
 # No test asserts a time, not even that of an example: the first one may import, and machines are shared.
 hypothesis.settings.register_profile("lightning-hinm", deadline=None)

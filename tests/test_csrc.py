@@ -87,9 +87,8 @@ def ptxas_12() -> str:
     return str(found)
 
 
-@pytest.mark.parametrize("file", ["decode_cluster.ptx", pytest.param("windowed_cluster.ptx", marks=pytest.mark.slow)])
-def test_the_oldest_assembler_for_newer_texts_takes_those_of_clusters(file: str) -> None:
-    check_assembly(file, "sm_90", ptxas_12())
+def test_the_oldest_assembler_for_newer_texts_takes_that_of_clusters() -> None:
+    check_assembly("decode_cluster.ptx", "sm_90", ptxas_12())
 
 
 # On sm_120 it needs more registers than the newest does.

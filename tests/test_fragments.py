@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask, pack, unpack
-from lightning_hinm.format import HiNMWeight, random_weight
+from lightning_hinm.format import HiNMWeight
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.ops import fragments
 from lightning_hinm.ops.fragments import Fragments, arrange, kept_of_runs, refusal, tile_rows
@@ -87,21 +87,18 @@ def test_runs_are_padded_to_steps_within_their_own_columns(pattern: HiNMPattern)
     assert 0 <= found.vector_index.shape[1] - start < fragments.STEP * fragments.STEPS
 
 
-def test_groups_are_paired_so_that_their_columns_lie_in_different_banks() -> None:
-    packed = random_weight((64, 512), HiNMPattern(32, 0.5, window=None), torch.float16, torch.Generator())
-
-    def wavefronts(columns: Tensor) -> float:
-        banks = torch.nn.functional.one_hot(columns.to(torch.int64).unflatten(1, (-1, 8)) % fragments.BANKS)
-        return float(banks.sum(dim=2).amax(dim=2).double().mean())
-
-    found = arrange(packed).vector_index
-    assert wavefronts(packed.vector_index) > 2.4
-    assert wavefronts(found) < 2.25
-
-    def groups(columns: Tensor) -> list[set[tuple[int, ...]]]:
-        return [{tuple(group) for group in tile.tolist()} for tile in columns.to(torch.int64).unflatten(1, (-1, 4))]
-
-    assert groups(found) == groups(packed.vector_index), "a group stays as it is"
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_each_run_has_the_columns_of_the_packed_weight_in_their_order(pattern: HiNMPattern) -> None:
+    packed, parts = pack_random(200, 150, pattern), pattern.vector_size // tile_rows(pattern)
+    columns = packed.vector_index.to(torch.int64).clamp(max=149)  # what is beyond the weight is its last column
+    found, start, place = arrange(packed).vector_index.to(torch.int64)[::parts], 0, 0
+    for (first, last), padded in zip(pattern.runs(150), kept_of_runs(pattern, 150), strict=True):
+        count = pattern.kept_of_run(last - first)
+        assert torch.equal(found[:, place : place + count], columns[:, start : start + count])
+        assert (found[:, place + count : place + padded] == first).all()
+        start, place = start + count, place + padded
+    assert start == columns.shape[1]
+    assert (found[:, place:] == pattern.runs(150)[-1][0]).all(), "of the last run, which alone a block may hold"
 
 
 def test_a_high_tile_is_cut_into_tiles_with_the_same_columns() -> None:

@@ -71,7 +71,7 @@ PATTERNS = [
     HiNMPattern(64, 0.0, window=64),
     HiNMPattern(96, 0.5, window=64),
     HiNMPattern(128, 0.75),
-    HiNMPattern(128, 0.5, window=36),  # no multiple of 8: not for the windowed kernel
+    HiNMPattern(128, 0.5, window=36),  # no multiple of 8: blocks of a cluster cannot share it out
     HiNMPattern(256, 0.875, window=128),
     HiNMPattern(256, 0.5, window=None),
 ]
@@ -163,8 +163,8 @@ class Checker:
     """
 
     def __init__(self, device: torch.device, home: torch.device) -> None:
-        lacking = () if cost.gpu_of(device).gpc >= cost.CLUSTER else cost.OF_HOPPER
-        left_out = [name for name, entry in kernels.entries().items() if entry.kernel in lacking]
+        lacks_clusters = cost.gpu_of(device).gpc < cost.CLUSTER
+        left_out = [name for name, entry in kernels.entries().items() if entry.cluster > 1 and lacks_clusters]
         self.device, self.home, self.findings = device, home, Findings(left_out=left_out)
         self.generator = torch.Generator(home).manual_seed(0)
         self.turns: Counter[tuple[str, torch.dtype]] = Counter()
@@ -315,14 +315,14 @@ class Checker:
         return [choice for choice, features in self._ways(matrix, tokens) if not features]
 
     def _ways(self, matrix: Matrix, tokens: int) -> list[tuple[cost.Choice, bool]]:
-        """Every kernel, on row-major input; and the windowed ones, which also read feature-major input as it lies."""
+        """Every kernel, on row-major input; and the gather kernel, which reads feature-major input as it lies."""
         call = cost.Call(matrix.pattern, matrix.rows, matrix.columns, tokens)
         about = kernels.shared_limit(self.device), cost.gpu_of(self.device)
         ways = [(choice, False) for choice in cost.list_kernels(call, *about)]
         if tokens not in (matrix.tokens[0], matrix.tokens[-1]):  # an unpacked weight knows nothing of tokens
             ways = [(choice, features) for choice, features in ways if choice.kernel != "unpack"]
         other = cost.list_kernels(replace(call, feature_major=True), *about)
-        return ways + [(choice, True) for choice in other if choice.kernel.startswith("windowed")]
+        return ways + [(choice, True) for choice in other if choice.kernel == "gather"]
 
     def _turn(self, entry: str, dtype: torch.dtype) -> tuple[str, str, bool]:
         """An activation, an order and whether with a bias: each entry goes through all of them, call by call."""

@@ -19,7 +19,7 @@ MANY = {"row": {0.75: 1.2, 0.875: 1.9}, "feature": {0.75: 1.5, 0.875: 2.5}}
 # A kernel reads its columns through an index in any case, so their order should cost nothing. Two medians of one thing
 # differ by about this much, for the clock and the temperature of a GPU move; bank conflicts or misses would cost more.
 ANY_ORDER = 0.98
-OWN = re.compile(r"(decode|windowed|gather).*_\d+|unpack")  # paths that the planner chooses between
+OWN = re.compile(r"(decode|gather).*_\d+|unpack")  # paths that the planner chooses between
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ class Speed:
         return contenders, facts | self._decide(workload), []
 
     def _decide(self, workload: Workload) -> Record:
-        """What a model with this layer would do with it in a CUDA graph: decided by timing both, as the library does."""
+        """What a model with this layer would do with it in a CUDA graph: decided by timing both, as a model does."""
         decision = plan.decide(replace(workload, replayed=self.clock.on_gpu))
         times = {"dense": decision.dense_seconds, "sparse": decision.sparse_seconds}
         return {"decided": {"path": decision.path, **times}}

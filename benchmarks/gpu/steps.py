@@ -104,7 +104,7 @@ def _told(findings: correctness.Findings, say: Say) -> bool:
     for text in (*findings.wrong, *findings.failed):
         say(text)
     if findings.left_out:
-        say(f"left out, for this GPU does not have them: {', '.join(findings.left_out)}")
+        say(f"left out, for this GPU has no clusters of blocks: {', '.join(findings.left_out)}")
     say(f"{findings.checks} checks of {len(findings.launched)} entries, {len(findings.wrong)} wrong, "
         f"{len(findings.failed)} failed; worst relative errors {findings.worst}")  # fmt: skip
     return not findings.wrong and not findings.failed

@@ -16,21 +16,16 @@ from lightning_hinm.pattern import HiNMPattern
 __all__ = ["Call", "Choice", "Gpu", "choose_kernel", "convolution_call", "gpu_of", "list_kernels", "predict_dense"]
 
 DECODE_TOKENS = 32  # beyond, the weight would be read more than twice
-WINDOWED_OUT_ROWS = 64  # that the windowed kernel writes at a time, through shared memory
-DECODE_ROWS, WINDOWED_ROWS, GATHER_TOKENS = 32, 256, 128
+DECODE_ROWS, GATHER_TOKENS = 32, 128
 UNPACKED_COLUMNS, UNPACKED_SHARED = 1520, 48896
 MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
 MOST_BLOCKS = 65535  # along y and z of a grid
-OF_HOPPER = "decode_cluster", "windowed_bulk"  # kernels of compute capability 9 alone
 CLUSTER = 4  # blocks that share their work, in the kernels that do
-MBARRIERS = 256  # bytes of shared memory by which a block waits for bulk copies, with what aligns the rest
-PADDING = 16  # bytes between columns that came by bulk copies
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
 # Measured on an H200, as benchmarks/results says.
 STEP_SECONDS = 0.64e-6  # that a block of the gather kernel takes for 64 kept vectors, if nothing else delays it
 CLUSTER_SECONDS = 1e-6  # that blocks of a cluster wait for each other
 GATHERS = 0.6e9  # of 32 kept vectors for one token, a second and multiprocessor: the decode kernel's 2-byte loads
-WINDOWED_RATE = 0.53  # of its tightest roof
 
 
 @dataclass(frozen=True)
@@ -202,7 +197,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
 
     def predict(
         kernel: str, tokens: int, high: int, shared: int, read: int, beside: Sequence[int], *, cluster: int = 1,
-        more: float = 0.0, rate: float = 1.0, **other: float,
+        more: float = 0.0, **other: float,
     ) -> Choice:  # fmt: skip
         """For blocks of ``tokens`` tokens and ``high`` rows that read so many columns; ``beside``: the bytes that each
         kernel moves that runs before or after; ``more``: seconds that nothing overlaps; ``other`` roofs."""
@@ -215,7 +210,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
             "tensor cores": rows * kept * wide * tokens / gpu.sparse * waves / max(blocks, 1),
             **other,
         }
-        seconds, roof = _tightest({name: seconds / rate for name, seconds in roofs.items()}, gpu)
+        seconds, roof = _tightest(roofs, gpu)
         seconds += more + sum(moved / gpu.memory + gpu.launch for moved in beside)
         return Choice(kernel, tokens, shared, seconds, roof)
 
@@ -247,15 +242,9 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
                 more += rows / rows_of_warp * kept / 32 * n / (GATHERS * gpu.multiprocessors)
                 more += CLUSTER_SECONDS if cluster > 1 else 0.0
                 yield predict(name, tokens, DECODE_ROWS, shared, 0, turns, cluster=cluster, more=more)
-        # The others want columns, and columns come out.
+        # The gather kernel wants columns, and columns come out.
         ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
         beside = [turned for turned, lies_so in ways if not lies_so]
-        for tokens in (128, 64):
-            shared = 2 * tokens * held_columns(window, len(runs), tokens)
-            yield predict("windowed", tokens, WINDOWED_ROWS, shared, columns, beside, rate=WINDOWED_RATE)
-        if gpu.gpc and n % ALIGNED == 0:  # else there is no whole copy of the last tokens
-            shared = (2 * 128 + PADDING) * held_columns(window, len(runs), 128, PADDING) + MBARRIERS
-            yield predict("windowed_bulk", 128, WINDOWED_ROWS, shared, columns, beside, rate=WINDOWED_RATE)
     elif not call.planes.gathered:
         return
     else:
@@ -273,19 +262,6 @@ def decode_pitch(columns: int) -> int:
     """Numbers between two tokens in the shared memory of a block of the decode kernel that reads so many columns: 4
     banks more than a whole number of rounds."""
     return -(-columns // 64) * 64 + 8
-
-
-def held_columns(window: int, runs: int, tokens: int, padding: int = 0) -> int:
-    """Columns of the input that a block of the windowed kernel has room for: those of two runs, if there are two.
-
-    Args:
-        window: columns of a run.
-        runs: how many there are.
-        tokens: of a block.
-        padding: bytes between two columns, beside the tokens.
-    """
-    written = WINDOWED_OUT_ROWS * (tokens + 8) * 4  # bytes through shared memory, where the runs were
-    return max(window * min(runs, 2), -(-written // (2 * tokens + padding)))
 
 
 def gather_shared(height: int, kept: int) -> int:

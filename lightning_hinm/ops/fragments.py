@@ -7,7 +7,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hinm.format import HiNMWeight, blocks, unpack_positions
@@ -19,8 +18,6 @@ STEP = 32  # kept vectors that one mma.sp.m16n8k32 multiplies
 STEPS = 2  # steps that the gather kernel takes at a time
 TILE_ROWS = (128, 64, 32)  # heights of a tile that the kernels know
 MOST_COLUMNS = 1 << 16
-BANKS = 8  # of 16 bytes: as many rows does ldmatrix read at once
-MOST_PAIRED = 512  # groups of a run: where there are more, no kernel gathers them from shared memory
 
 
 class Fragments(NamedTuple):
@@ -114,11 +111,7 @@ def arrange(packed: HiNMWeight) -> Fragments:
     index[:, start:] = pattern.runs(in_features)[-1][0]
     place = torch.cat(places)  # [P]
     # The values of virtual columns are zero, so any real column may stand for them.
-    columns = packed.vector_index.to(torch.int32).clamp(max=in_features - 1).unflatten(1, (-1, 4))  # [T, P / 4, 4]
-    source = torch.cat(
-        [_pair_groups(columns, run) for run in _groups_of_runs(pattern, in_features)], dim=1
-    )  # [T, P / 4], the group that comes to each place
-    index[:, place] = columns.gather(1, source.unsqueeze(2).expand(-1, -1, 4)).flatten(1)
+    index[:, place] = packed.vector_index.to(torch.int32).clamp(max=in_features - 1)
     group = place.view(-1, 4)[:, 0] // 4  # [P / 4]: a group stays together
 
     values = packed.values.new_empty(tiles, width // STEP, v // 16, 32, 8)
@@ -127,14 +120,12 @@ def arrange(packed: HiNMWeight) -> Fragments:
         rows = slice(block.start * v, block.stop * v)
         count, real = (block.stop - block.start) * v, packed.values[rows].shape[0]
         kept_values = packed.values.new_zeros(count, width // 4, 2)
-        own = source[block].repeat_interleave(v, dim=0)[:real]  # [rows, P / 4]
         # With +0 for -0: what stands for nothing is +0, by which the unpack kernel knows it.
-        pairs = (packed.values[rows] + 0.0).unflatten(1, (-1, 2))
-        kept_values[:real, group] = pairs.gather(1, own.unsqueeze(2).expand(-1, -1, 2))
+        kept_values[:real, group] = (packed.values[rows] + 0.0).unflatten(1, (-1, 2))
         # 4 = 0 | 1 << 2 is the nibble of the first two columns, a legal one for groups without a value.
         nibbles = torch.full((count, width // 4), 4, dtype=torch.int64, device=device)
         positions = unpack_positions(packed, rows).to(torch.int64)
-        nibbles[:real, group] = (positions[..., 0] | positions[..., 1] << 2).gather(1, own)
+        nibbles[:real, group] = positions[..., 0] | positions[..., 1] << 2
         # [tile, block of 16, half, g, step, i >> 2, t, i & 1]: a_i is row g + 8 * (half = i >> 1 & 1)
         ordered = kept_values.view(-1, v // 16, 2, 8, width // STEP, 2, 4, 2)
         values[block] = ordered.permute(0, 4, 1, 3, 6, 5, 2, 7).flatten(5, 7).flatten(3, 4)
@@ -151,42 +142,6 @@ def arrange(packed: HiNMWeight) -> Fragments:
     rows_of_tiles = torch.full((tiles * v,), -1, dtype=torch.int32, device=device)
     rows_of_tiles[: packed.shape[0]] = packed.output_order.to(torch.int32)
     return Fragments(values.contiguous(), metadata.contiguous(), index.to(torch.uint16), rows_of_tiles)
-
-
-def _groups_of_runs(pattern: HiNMPattern, in_features: int) -> list[range]:
-    """The groups of each run, by their place among the groups of a tile."""
-    runs, start = [], 0
-    for first, last in pattern.runs(in_features):
-        count = pattern.kept_of_run(last - first) // 4
-        runs.append(range(start, start + count))
-        start += count
-    return runs
-
-
-def _pair_groups(columns: Tensor, run: range) -> Tensor:
-    """An order of the groups of a run, ``[T, groups]``, in which neighbours collide little in shared memory.
-
-    The windowed kernel gathers two groups at a time from rows that lie in as many different banks as their columns
-    differ modulo ``BANKS``. Each group in turn takes the best of those that are left for its partner. The order of
-    groups means nothing else.
-
-    Args:
-        columns: ``[T, P / 4, 4]``.
-        run: which of the groups.
-    """
-    own = columns[:, run.start : run.stop].to(torch.int64)
-    tiles, count = own.shape[:2]
-    order = torch.arange(run.start, run.stop, device=columns.device).expand(tiles, -1).clone()
-    if count > MOST_PAIRED:
-        return order
-    banks = F.one_hot(own % BANKS, BANKS).sum(dim=2)  # [T, groups, BANKS]
-    every = torch.arange(tiles, device=columns.device)
-    for first in range(0, count - 2, 2):
-        collisions = (banks[:, first, None] + banks[:, first + 1 :]).amax(dim=2)  # [T, groups that are left]
-        partner = first + 1 + collisions.argmin(dim=1)
-        for tensor in (order, banks):
-            tensor[every, partner], tensor[:, first + 1] = tensor[:, first + 1].clone(), tensor[every, partner].clone()
-    return order
 
 
 def _cut(ordered: Tensor, parts: int, blocks_of_part: int) -> Tensor:

@@ -72,12 +72,14 @@ def run_linear(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Ch
     if choice.kernel == "unpack":
         _multiply_unpacked(tokens, out, operands)
         return
-    decodes = choice.kernel.startswith("decode")
-    run = _decode if decodes else _through_columns
+    gathers = choice.kernel == "gather"
     for first in range(0, len(tokens), MOST_TOKENS):
         part = out[first : first + MOST_TOKENS]
-        in_rows = part if part.stride(1) == 1 or not decodes else part.new_empty(part.shape)
-        run(tokens[first : first + MOST_TOKENS], in_rows, operands, choice)
+        if gathers:
+            _gather(tokens[first : first + MOST_TOKENS], part, operands)
+            continue
+        in_rows = part if part.stride(1) == 1 else part.new_empty(part.shape)
+        _decode(tokens[first : first + MOST_TOKENS], in_rows, operands, choice)
         if in_rows is not part:
             _turn(in_rows, part.t())
 
@@ -115,8 +117,8 @@ def _decode(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choic
     kernels.launch(entry, tokens, *weight, _bias(operands), out, *numbers, *tail)
 
 
-def _through_columns(tokens: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    """Kernels that want columns: turned on the way in and on the way out, unless it lies or shall lie so."""
+def _gather(tokens: Tensor, out: Tensor, operands: LinearOperands) -> None:
+    """Through feature-major storage: turned on the way in and on the way out, unless it lies or shall lie so."""
     i, o = operands.in_features, out.shape[1]
     step = (MOST_NUMBERS - 1) // max(i, o) // cost.GATHER_TOKENS * cost.GATHER_TOKENS
     for first in range(0, len(tokens), step):
@@ -124,36 +126,16 @@ def _through_columns(tokens: Tensor, out: Tensor, operands: LinearOperands, choi
         columns, pitch = part.t(), -(-len(part) // ALIGNED) * ALIGNED
         if not (_is_feature_major(part) and columns.stride(0) * i < MOST_NUMBERS):
             columns = _turn(part, part.new_empty(i, pitch))
+        image = Image(len(part), columns.stride(0), i)
         if _is_feature_major(out_part):
-            _multiply_columns(columns, out_part.t(), operands, choice)
+            _launch_gather(columns, out_part.t(), operands, image)
             continue
         rows = out.new_empty(o, pitch)
-        _multiply_columns(columns, rows[:, : len(part)], operands, choice)
+        _launch_gather(columns, rows, operands, image)
         if out_part.stride(1) == 1:
             _turn(rows[:, : len(part)], out_part)
         else:  # rows that do not start at whole copies
             out_part.t().copy_(rows[:, : len(part)])
-
-
-def _multiply_columns(columns: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    """``[I, N]`` -> ``out``, ``[O, N]``."""
-    if choice.kernel == "gather":
-        _launch_gather(columns, out, operands, Image(columns.shape[1], columns.stride(0), len(columns)))
-    else:
-        _launch_windowed(columns, out, operands, choice)
-
-
-def _launch_windowed(x: Tensor, out: Tensor, operands: LinearOperands, choice: Choice) -> None:
-    """``x``: ``[I, N]``; ``out``: ``[O, N]``."""
-    weight, pattern = _fragments(operands), pattern_of(operands)
-    kept, (columns, n) = kept_of_runs(pattern, operands.in_features), x.shape
-    window = columns if len(kept) == 1 else pattern.window or columns
-    padding = cost.PADDING if choice.kernel == "windowed_bulk" else 0
-    held = cost.held_columns(window, len(kept), choice.tokens, padding)
-    numbers = (n, len(weight.rows), columns, x.stride(0), out.stride(0), weight.tile_rows, weight.kept)
-    tail = (window, held, kept[0], kept[-1], ACTIVATION[operands.activation])
-    entry = f"{choice.kernel}_{SHORT[out.dtype]}_{min(weight.tile_rows, 64)}_{choice.tokens}"
-    kernels.launch(entry, x, *weight, _bias(operands), out, *numbers, *tail)
 
 
 def conv2d(x: Tensor, operands: Conv2dOperands, size: tuple[int, int]) -> Tensor:

@@ -101,14 +101,14 @@ def test_the_correctness_step_runs_every_kernel(monkeypatch: pytest.MonkeyPatch,
     found, said = record.Record(tmp_path / "gpu.json"), []
     with emulated(clusters=False):
         assert steps.check(found, CPU, TINY_TABLE, said.append)
-    assert re.match("left out, for this GPU does not have them: decode_cluster_f16_32_8, ", said[0])
+    assert re.match("left out, for this GPU has no clusters of blocks: decode_cluster_f16_32_8, ", said[0])
     written = json.loads((tmp_path / "gpu.json").read_text())["correctness"]
     assert not written["wrong"] + written["failed"]
     assert set(written["worst"]) == {"float16", "bfloat16"}
     assert all(0 < error < 5e-3 for error in written["worst"].values())
-    names = {"decode_f16_32_8", "decode_f16_32_16", "windowed_bf16_32_64", "windowed_bf16_32_128", "gather_f16_32"}
-    assert names | {"transpose", "planes"} <= set(written["launched"])
-    assert not any("cluster" in name or "bulk" in name for name in written["launched"])
+    own = {"decode_f16_32_8", "decode_f16_32_16", "gather_f16_32"}
+    own |= {name.replace("f16", "bf16") for name in own}
+    assert set(written["launched"]) == own | {"transpose", "planes", "unpack"}
 
 
 def test_what_sanitizers_watch_has_a_weight_of_several_blocks_of_columns() -> None:
@@ -132,12 +132,12 @@ def test_the_correctness_step_runs_what_only_some_gpus_have(monkeypatch: pytest.
     monkeypatch.setattr(correctness, "TOLERANCES", {torch.float16: 2e-3})
     every = cost.list_kernels
     monkeypatch.setattr(
-        cost, "list_kernels", lambda *call: [each for each in every(*call) if each.kernel in cost.OF_HOPPER]
+        cost, "list_kernels", lambda *call: [each for each in every(*call) if each.kernel == "decode_cluster"]
     )
     with emulated() as emulator:
         assert steps.sanitize(CPU, correctness.Table([matrix], [], []), said.append)
-    launched = set(emulator.launched) - {"transpose", "decode_f16_32_8"}  # the last by the op itself
-    assert launched == {"decode_cluster_f16_32_8", "decode_cluster_f16_32_16", "windowed_bulk_f16_32_128"}
+    launched = set(emulator.launched) - {"decode_f16_32_8"}  # by the op itself
+    assert launched == {"decode_cluster_f16_32_8", "decode_cluster_f16_32_16"}
     assert not any("left out" in line for line in said)
 
 
@@ -260,7 +260,7 @@ def test_a_kernel_with_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatc
         assert not steps.compare(found, machine, clock, [TOY], 60.0, print, case_seconds=0.0)
     (case,) = found.data["cases"]
     failed = {entry["path"] for entry in case["times"] if "wrong result" in entry.get("failed", "")}
-    assert {"decode_8", "windowed_64", "gather_128", "bare"} <= failed
+    assert failed == {"unpack", "decode_8", "decode_16", "gather_128", "op", "bare"}
     assert not any("seconds" in entry for entry in case["times"] if entry["path"] in failed)
 
 

@@ -129,6 +129,8 @@ def _load(b: Builder) -> Step:
     ins, constant_path = b.ins, "nc" in b.mods
     if space == "param":
         return _load_parameter(b, element, writes)
+    if "shared::cluster" in b.parts:
+        raise b.ins.unsupported("reads the shared memory of another CTA")
     read = b.address(1)
 
     def deliver(group: "Group", raw: Array) -> None:
@@ -193,8 +195,8 @@ def _store(b: Builder) -> Step:
     raw_dtype = RAW[element.itemsize * len(names)]
     reads = [b.read(name, element) for name in names]
     address_of, ins = b.address(0), b.ins
-    elsewhere = "shared::cluster" in b.parts
-    if space in ("param", "const"):
+    elsewhere = b.parts[1] == "shared::cluster"
+    if space in ("param", "const") or ("shared::cluster" in b.parts and not elsewhere):
         raise b.ins.unsupported()
 
     def step(group: "Group") -> None:

@@ -154,6 +154,120 @@ def test_a_mistake_in_sharing_is_a_fault(mistake: str, schedule: str) -> None:
         pipeline(schedule, 1, **parts)
 
 
+# Two CTAs of a cluster hand their numbers over, three times: all wait until each has read what it was given before;
+# each thread stores its number to its place in the other CTA; all wait for the cluster, and each takes what has come.
+MEET = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+EXCHANGE = """
+.reg .b32 other, here, there, round; .reg .{kind} mine; mov.u32 other, %cluster_ctarank; xor.b32 other, other, 1;
+mov.u32 %r1, pool; mad.lo.u32 here, t, {width}, %r1; mov.u32 %r2, %ctaid.x; mad.lo.u32 %r2, %r2, 64, t;
+mad.wide.u32 %rd1, %r2, {width}, a0; mad.wide.u32 %rd2, %r2, {width}, a1; ld.global.{kind} mine, [%rd1];
+mov.u32 round, 0; {begin}
+ROUND: {free} {before}
+mapa.shared::cluster.u32 there, here, other; {moved} st.shared::cluster.{kind} [there], mine;
+{after} {sent} ld.shared.{kind} mine, [{read}];
+add.u32 round, round, 1; setp.lt.u32 %p1, round, 3; @%p1 bra ROUND;
+st.global.{kind} [%rd2], mine;
+"""
+EXCHANGED = {"begin": "", "free": MEET, "before": "", "moved": "", "after": "", "sent": MEET, "read": "here"}
+OWN = "st.shared.u32 [here], mine;"
+
+
+def exchange(kind: str = "u32", schedule: str = "lockstep", seed: int = 0, **parts: str) -> Report:
+    """The exchange with something in another way; what each CTA ends with is checked."""
+    dtype = {"u32": np.uint32, "f32": np.float32, "f64": np.float64}[kind]
+    source, out = (1.5 * np.arange(256)).astype(dtype).reshape(4, 64), np.zeros((4, 64), dtype=dtype)
+    body = EXCHANGE.format(kind=kind, width=source.itemsize, **{**EXCHANGED, **parts})
+    report = run(body, source, out, **{**SIZES, "shared": 64 * 8}, schedule=schedule, seed=seed)
+    assert np.array_equal(out, source[[1, 0, 3, 2]])
+    return report
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["u32", "f32", "f64"])
+@pytest.mark.parametrize("begin", ["", OWN], ids=["on nothing", "on what the CTA wrote itself"])
+def test_ctas_of_a_cluster_store_to_each_other_between_barriers(kind: str, begin: str, schedule: str) -> None:
+    for seed in range(3):
+        report = exchange(kind, schedule, seed, begin=begin.replace("u32", kind))
+        waves = (4 * 3 + 4 * bool(begin)) * 64 * (8 if kind == "f64" else 4) // 128
+        assert report.wavefronts["st.shared"] == report.wavefronts_ideal["st.shared"] == waves
+
+
+# What is wrong, how, and what is said of it.
+WRONG_STORES: dict[str, tuple[dict[str, str], str]] = {
+    "no barrier before": ({"free": ""}, r"stores to CTA \(\d, 0, 0\), which may not have begun"),
+    "a barrier of the CTA before": ({"free": "bar.sync 0;"}, r"stores to CTA .*, which may not have begun"),
+    "an arrival before that releases nothing": (
+        {"free": MEET.replace("release", "relaxed")}, r"stores to CTA .*, which may not have begun",
+    ),
+    "no barrier after": ({"sent": ""}, "reads shared byte .*, which (was never written|came from another CTA)"),
+    "no barrier after, where something is": (
+        {"begin": OWN, "sent": ""}, "race: (reads shared byte .*, which came from another CTA|stores .* warp . reads)",
+    ),
+    "a barrier of the CTA after": (
+        {"sent": "bar.sync 0;"}, "reads shared byte .*, which (was never written|came from another CTA)",
+    ),
+    "an arrival after that releases nothing": (
+        {"sent": MEET.replace("release", "relaxed")}, "race: reads shared byte .*, which came from another CTA",
+    ),
+    "over what is still read": (
+        {"begin": MEET, "free": ""}, "race: (reads shared byte .*, which came from another CTA|stores .* warp . reads)",
+    ),
+    "over what was read, as nobody says": (
+        {"begin": MEET, "free": MEET.replace("release", "relaxed")},
+        r"race: stores 4 bytes at shared byte \d+ of CTA .*, which warp . reads with nothing between",
+    ),
+    "over what the other CTA writes": (
+        {"after": OWN}, "race: (writes shared byte .*, which came from another CTA|stores .* which warp . writes)",
+    ),
+    "over what the other CTA wrote": (
+        {"before": OWN}, "race: (writes shared byte .*, which came from another CTA|stores .* which warp . writes)",
+    ),
+    "over what was written, as nobody says": (
+        {"begin": MEET, "free": OWN + MEET.replace("release", "relaxed")},
+        r"race: stores 4 bytes at shared byte \d+ of CTA .*, which warp . writes with nothing between",
+    ),
+    "over what another CTA stored": (
+        {"before": "mov.u32 other, 0;"}, r"race: stores 4 bytes .* of CTA \([02], 0, 0\), over a copy that it has not",
+    ),
+    "over what another warp stores": (
+        {"moved": "and.b32 there, there, 0xffffff7f;"}, "race: stores 4 bytes .*, over a copy that it has not",
+    ),
+    "a rank that is not there": ({"before": "mov.u32 other, 2;"}, "rank 2 of a cluster of 2"),
+    "an address in no CTA": ({"moved": "add.u32 there, here, 0x10000000;"}, "address 0x100000.. is in no CTA of the"),
+    "an address off by 2": (
+        {"moved": "add.u32 there, there, 2;"}, r"address \d+ with 4 bytes of CTA .* is outside its 512 bytes, or misal",
+    ),
+    "an address outside": (
+        {"moved": "add.u32 there, there, 512;"}, r"address \d+ with 4 bytes of CTA .* is outside its 512 bytes",
+    ),
+    "a load from elsewhere as if it were here": ({"read": "there"}, "is outside the 512 bytes of the CTA"),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("mistake", WRONG_STORES)
+def test_a_mistake_in_storing_to_another_cta_is_a_fault(mistake: str, schedule: str) -> None:
+    parts, message = WRONG_STORES[mistake]
+    for seed in range(3):
+        with pytest.raises(Fault, match=message):
+            exchange("u32", schedule, seed, **parts)
+
+
+@BOTH
+def test_a_store_needs_its_cta_to_stay(schedule: str) -> None:
+    body = """
+    mov.u32 %r1, pool; mov.u32 %r2, %cluster_ctarank; setp.eq.u32 %p1, %r2, 1; {meet} @%p1 bra END;
+    mov.u32 %r3, 1; mapa.shared::cluster.u32 %r4, %r1, %r3; st.shared::cluster.u32 [%r4], t;
+    END: {end}
+    """
+    keys: dict[str, Any] = {"block": 1, "grid": 2, "shared": 16, "module": MODULE, "hints": HINTS}
+    for seed in range(8):
+        run(body.format(meet=MEET, end=MEET), **keys, seed=seed, schedule=schedule)
+    # Who comes first is a matter of the seed.
+    with pytest.raises(Fault, match=r"reaches into CTA \(1, 0, 0\), which has exited"):
+        [run(body.format(meet=MEET, end=""), **keys, seed=seed, schedule=schedule) for seed in range(8)]
+
+
 def test_a_cta_that_ends_too_early_is_not_to_be_reached() -> None:
     body = """
     .reg .pred q; mov.u32 %r7, pool; mov.u32 %r1, %cluster_ctarank; setp.eq.u32 %p1, %r1, 0;

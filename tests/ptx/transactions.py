@@ -391,4 +391,4 @@ def tracked(code: Iterable[Any]) -> bool:
     """Whether instructions need all this."""
     names = (ins.parts for ins in code)
     return any(parts[0] in ("mbarrier", "mapa") or parts[:2] == ["barrier", "cluster"] or "bulk" in parts
-               for parts in names)  # fmt: skip
+               or "shared::cluster" in parts for parts in names)  # fmt: skip
