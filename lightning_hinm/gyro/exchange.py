@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hinm.gyro.problem import GROUPS, Clock, Problem, assign, assign_vectors, row_values
+from lightning_hinm.gyro.problem import GROUPS, Problem, assign, assign_vectors, row_values
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.pattern import HiNMPattern
 
@@ -41,7 +41,7 @@ QUICK, QUICK_LEAST = 96, 2e-4
 # to gain is in these.
 ALONE = 12, GROUPS, 1e-6, 2048
 # The annealing's share of a time budget.
-SHARE = 0.35
+SHARE = 0.4
 
 
 def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -79,41 +79,20 @@ def _anneal_rows(problems: Sequence[Problem]) -> Tensor:
 
     Which large kinds of rows share a tile is settled while it is hot, by luck as much as by merit, and stays so.
     """
-    rows, clock = _Rows(problems), problems[0].clock
+    rows = _Rows(problems)
     rounds = max(min(ROUNDS, WORK // (rows.weights * min(len(rows.size), TILES))), FEWEST)
     starts = int(rounds * STARTING) // QUICK_ROUNDS
     best = -1.0, rows.tile, rows.price
     for start in range(starts):
-        if start and clock.used / SHARE * (start + 1) / start > STARTING:  # there is no time for one more
-            clock.ended = True
+        if rows.problem.clock.used / SHARE >= STARTING:
+            rows.problem.clock.ended = True
             break
         rows.deal()
-        _cool(rows, clock, QUICK_ROUNDS, HOT, WARM, STARTING)
+        rows.cool(QUICK_ROUNDS, HOT, WARM, STARTING * (start + 1) / starts)
         best = max(best, (rows.worth(), rows.tile, rows.price), key=lambda each: each[0])
     _, rows.tile, rows.price = best
-    _cool(rows, clock, rounds - starts * QUICK_ROUNDS, WARM if starts else HOT, COLD, 1.0)
+    rows.cool(rounds - starts * QUICK_ROUNDS, WARM if starts else HOT, COLD, 1.0)
     return rows.order()
-
-
-def _cool(rows: "_Rows", clock: Clock, rounds: int, first: float, last: float, share: float) -> None:
-    """Moves rows with ever less noise, from ``first`` to ``last`` and then none; faster if there is no time.
-
-    Args:
-        rows: what is annealed.
-        clock: that of all.
-        rounds: so many, if the budget allows.
-        first: noise, in spreads of what a row is worth in a tile.
-        last: the least noise.
-        share: of the annealing's time, when it ends.
-    """
-    begun = clock.used / SHARE
-    for i in range(rounds):
-        done, used = (i + 1) / rounds, (clock.used / SHARE - begun) / max(share - begun, 1e-9)
-        if used > done:
-            clock.ended, done = True, used
-        if done > 1:
-            break
-        rows.move(first * (last / first) ** (done / NOISY) if done < NOISY else 0.0)
 
 
 class _Rows:
@@ -147,6 +126,25 @@ class _Rows:
             float((of_tiles * _kept(of_tiles, runs)).sum()) for of_tiles, runs in zip(sums, self.runs, strict=True)
         )
 
+    def cool(self, rounds: int, first: float, last: float, share: float) -> None:
+        """Moves rows with ever less noise, from ``first`` to ``last`` and then none; faster if there is no time.
+
+        Args:
+            rounds: so many, if the budget allows.
+            first: noise, in spreads of what a row is worth in a tile.
+            last: the least noise.
+            share: of the annealing's time, when it ends.
+        """
+        clock = self.problem.clock
+        begun = clock.used / SHARE
+        for i in range(rounds):
+            done, used = (i + 1) / rounds, (clock.used / SHARE - begun) / max(share - begun, 1e-9)
+            if used > done:
+                clock.ended, done = True, used
+            if done > 1:
+                break
+            self.move(first * (last / first) ** (done / NOISY) if done < NOISY else 0.0)
+
     def move(self, noise: float) -> None:
         """Each tile keeps its best columns, each row goes where these suit it best, inside blocks of tiles."""
         tiles, self.tile, self.price = len(self.size), self.tile.copy(), self.price.copy()
@@ -167,8 +165,9 @@ class _Rows:
             # Transposed, because a product of few rows is faster than one of few columns.
             worth = (of_tiles @ part.t() for part, of_tiles in zip(parts, kept, strict=True))
             values = reduce(torch.add, worth).t().contiguous().cpu().numpy()
-            values -= values.mean(axis=1, keepdims=True)  # what a row is worth everywhere decides nothing
-            spread = float(np.square(values).mean(dtype=np.float64) ** 0.5)
+            # What a row is worth everywhere decides nothing.
+            values -= np.add.reduce(values, axis=1, keepdims=True) / np.float32(values.shape[1])
+            spread = float(np.vdot(values, values) / values.size) ** 0.5
             if noise:  # uniform; its mean, which all tiles get, decides nothing either
                 random = torch.rand(values.shape, generator=self.problem.generator)
                 torch.from_numpy(values).add_(random, alpha=noise * spread * 12**0.5)
@@ -210,6 +209,8 @@ def _pruned_runs(pattern: HiNMPattern, in_features: int) -> list[tuple[int, int,
 
 def _kept(sums: Tensor, runs: list[tuple[int, int, int, int]]) -> Tensor:
     """1.0 for the columns with the largest sums in each tile, run by run, and for what equals the last, else 0.0."""
+    if len(runs) == 1 and runs[0][2] == 1:  # the views take longer than the rest
+        return torch.ge(sums, _smallest(sums, runs[0][3])).to(sums.dtype)
     kept = torch.empty_like(sums)
     for first, columns, count, pruned in runs:
         of_runs, marked = (
@@ -241,16 +242,18 @@ def _balance(values: Array, size: Array, price: Array, rate: float) -> Array:
     count, worth = len(size), values - price
     tile = worth.argmax(axis=1)
     taken = np.bincount(tile, minlength=count)
-    price += (rate * (taken / size - 1).clip(max=1)).astype(np.float32)
+    price += (rate * np.minimum(taken / size - 1, 1)).astype(np.float32)
     crowded = np.flatnonzero((taken > size)[tile])  # rows
-    owner, others = tile[crowded], worth[crowded]
-    best = others[np.arange(crowded.size), owner]
-    others[np.arange(crowded.size), owner] = -np.inf
-    attached = best - others.max(axis=1, initial=-np.inf)
+    if not crowded.size:
+        return tile
+    owner, others, every = tile[crowded], worth[crowded], np.arange(crowded.size)
+    best = others[every, owner]
+    others[every, owner] = -np.inf
+    attached = best - np.maximum.reduce(others, axis=1)
     by_tile = np.lexsort((-attached, owner))  # the rows of each crowded tile, the most attached first
     owner = owner[by_tile]
-    first = np.flatnonzero(np.diff(owner, prepend=-1))
-    place = np.arange(crowded.size) - first.repeat(taken[owner[first]])
+    first = np.concatenate(([0], np.flatnonzero(owner[1:] != owner[:-1]) + 1))
+    place = every - first.repeat(taken[owner[first]])
     over = crowded[by_tile[place >= size[owner]]]
     left = np.arange(count).repeat((size - taken).clip(min=0))
     for some in range(0, over.size, ROWS):

@@ -30,6 +30,8 @@ PARALLEL = 1 << 18
 AGE = 1.0
 # How much of the most that a row would give beside the average a column costs.
 PRICED = 0.75
+# Groups of an assignment that is solved sooner than it is priced.
+FEW = 24
 # Value of a choice that is not allowed: less than any that is.
 BARRED = -1e6
 
@@ -248,8 +250,23 @@ class Blocks:
     """
 
     def __init__(self, points: Tensor, slots: Tensor, free: Tensor | None, most: int, *, aged: bool) -> None:
-        self.points, self.slots, self.free, self.most, self.aged = points, slots.clone(), free, most, aged
+        self.points, self.slots, self.free, self.most = points, slots.clone(), free, most
         self.sums = points.sum(dim=2)  # [B, W]
+        self.spread = self.sums.double().std(correction=0).to(self.sums.dtype)
+        # A group holds its columns in the order in which they came: mostly the one that came long ago is drawn.
+        self.age = AGE * torch.arange(slots.shape[2], device=slots.device) if aged else 0.0
+        # As many are free at any time: whether that is enough for every draw.
+        self.scarce = free is not None and bool(free.sum(dim=1).min() < self.elected(*self.deals))
+
+    @property
+    def deals(self) -> tuple[int, int]:
+        """Groups of an assignment, and the assignments that the groups of a block are dealt out to."""
+        deals = -(-self.slots.shape[1] // self.most)
+        return self.slots.shape[1] // deals, deals
+
+    def elected(self, size: int, deals: int) -> int:
+        """Pruned columns that stand for election in all assignments of a block."""
+        return min(-(-size // 4), self.points.shape[1] // deals) * deals
 
     def assign(self, problem: Problem, draws: int | None, least: float, failed: int = 0) -> None:
         """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``."""
@@ -269,27 +286,22 @@ class Blocks:
         Many groups are dealt out to several assignments, D of S groups each. A gain is exact, because no group gives
         more than one vector.
         """
-        _, groups, m = self.slots.shape
-        deals = -(-groups // self.most)
-        size = groups // deals
+        (_, groups, m), (size, deals) = self.slots.shape, self.deals
         dealt = problem.noise(len(active), groups).argsort(dim=1)[:, : deals * size]
-        # A group holds its columns in the order in which they came: mostly the one that came long ago is drawn.
-        turn = problem.noise(len(active), deals * size, m)
-        if self.aged:
-            turn += AGE * torch.arange(m, device=turn.device)
-        first = turn.argmin(dim=2, keepdim=True)
-        others = torch.arange(m - 1, device=turn.device)
+        first = (problem.noise(len(active), deals * size, m) + self.age).argmin(dim=2, keepdim=True)
+        others = torch.arange(m - 1, device=first.device)
         others = others + (others >= first)  # [A, D * S, m - 1]
         slots = self.slots[active.unsqueeze(1), dealt]  # [A, D * S, m]
         drawn, rest = slots.gather(2, first).view(-1, size), slots.gather(2, others)
         extra = self.candidates(problem, active, size, deals).flatten(0, 1)  # [A * D, C]
         candidates = torch.cat((drawn, extra), dim=1)
-        b = active.repeat_interleave(deals).view(-1, 1)
+        b = (active.repeat_interleave(deals) if deals > 1 else active).view(-1, 1)
         rest_points = self.columns(b.unsqueeze(2), rest.unflatten(1, (deals, size)).flatten(0, 1))
         values = joined_values(rest_points, self.columns(b, candidates), problem.pattern.n)  # [A * D, S, S + C]
-        if self.free is not None:
+        if self.free is not None and self.scarce:
             values[:, :, size:].masked_fill_(~self.free[b, extra].unsqueeze(1), BARRED)
-        choice = torch.stack(assign(list(_priced(values))))[:, :size]  # [A * D, S]
+        quick = values if size < FEW else _priced(values)
+        choice = torch.stack(assign(list(quick)))[:, :size]  # [A * D, S]
         before = values.diagonal(dim1=1, dim2=2).sum(dim=1)
         gain = values.gather(2, choice.unsqueeze(2)).sum(dim=(1, 2)) - before
         gain = torch.where(gain > 1e-6 * before, gain, 0)  # less is rounding
@@ -313,11 +325,10 @@ class Blocks:
         """
         if self.free is None:
             return self.slots.new_empty(len(active), deals, 0)
-        count = min(-(-size // 4), self.points.shape[1] // deals)
-        sums = self.sums[active]
-        score = sums + problem.noise(*sums.shape) * sums.double().std(correction=0).to(sums.dtype) / 2
-        best = score.masked_fill(~self.free[active], float("-inf")).topk(count * deals, dim=1).indices
-        return best.unflatten(1, (count, deals)).transpose(1, 2)
+        score = self.sums[active] + problem.noise(len(active), self.sums.shape[1]) * (self.spread / 2)
+        score.masked_fill_(~self.free[active], float("-inf"))
+        best = score.topk(self.elected(size, deals), dim=1).indices
+        return best.unflatten(1, (-1, deals)).transpose(1, 2)
 
 
 def _priced(values: Tensor) -> Tensor:
