@@ -323,6 +323,7 @@ def test_the_figures_of_an_h200_are_measured_and_those_of_others_are_not() -> No
     assert H200.name == MEASURED["row"]["name"]
     for name in ("memory", "l2", "sparse", "dense"):
         assert getattr(H200, name) == pytest.approx(MEASURED["row"][name], rel=0.1)
+    assert H200.launch == pytest.approx(MEASURED["rates"]["launch"]["kernel"]["graph"], rel=0.1)
     assert (H200.multiprocessors, H200.gpc) == (MEASURED["facts"]["multiprocessors"], MEASURED["row"]["gpc"])
 
 

@@ -242,6 +242,22 @@ def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, prun
         assert torch.equal(held, slots.flatten(1).sort(dim=1).values)
 
 
+@given(st.integers(0, 4), st.integers(0, 99))
+def test_no_column_is_chosen_twice_where_fewer_are_free_than_are_elected(count, seed):
+    points = torch.rand(2, 40, 3, generator=seeded(seed)) ** 3
+    order = torch.stack([torch.randperm(40, generator=seeded(seed + block)) for block in range(2)])
+    slots, free = order[:, :32].unflatten(1, (8, 4)), torch.zeros(2, 40, dtype=torch.bool)
+    free.scatter_(1, order[:, 32 : 32 + count], True)
+    points.scatter_add_(1, order[:, 32:, None].expand(-1, -1, 3), torch.full((2, 8, 3), 2.0))  # all would be chosen
+    open_to = free.scatter(1, slots.flatten(1), True)
+    blocks = Blocks(points, slots, free, 8, aged=True)
+    for _ in range(6):
+        blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.5, window=None)), torch.arange(2))
+        held = blocks.slots.flatten(1)
+        assert (held.sort(dim=1).values.diff(dim=1) > 0).all()
+        assert open_to.gather(1, held).all()
+
+
 @pytest.mark.parametrize("aged", [False, True])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_mostly_the_vector_that_came_long_ago_is_drawn_but_by_the_paper_any(pruned, aged):

@@ -20,9 +20,11 @@ DECODE_ROWS, GATHER_TOKENS = 32, 128
 UNPACKED_COLUMNS, UNPACKED_SHARED = 1520, 48896
 MOST_NUMBERS = 1 << 31  # of one image: the gather kernel counts them in 32 bits
 MOST_BLOCKS = 65535  # along y and z of a grid
-CLUSTER = 4  # blocks that share their work, in the kernels that do
+# Blocks that share their work, in the kernels that do; more would leave more of a processing cluster's 16 or 18
+# multiprocessors idle.
+CLUSTER = 4
 ALIGNED = 8  # 16-bit numbers of one 16-byte copy
-# Measured on an H200, as benchmarks/results says.
+# Fitted to the times of an H200 (benchmarks/results/gpu-nvidia-h200.json).
 STEP_SECONDS = 0.64e-6  # that a block of the gather kernel takes for 64 kept vectors, if nothing else delays it
 CLUSTER_SECONDS = 1e-6  # that blocks of a cluster wait for each other
 GATHERS = 0.6e9  # of 32 kept vectors for one token, a second and multiprocessor: the decode kernel's 2-byte loads
@@ -224,12 +226,11 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
 
     clusters = (1, CLUSTER) if gpu.gpc >= CLUSTER else (1,)  # where it gains nothing, the first one is chosen
     if call.planes is None:
-        turned_in, turned_out = 4 * n * call.in_features, 4 * n * call.rows
+        ways = ((4 * n * call.in_features, call.feature_major), (4 * n * call.rows, call.feature_major_out))
         window = call.in_features if len(runs) == 1 else pattern.window or columns
         # The decode kernel wants rows, and writes them: what lies feature-major is copied into rows first.
         if n <= DECODE_TOKENS:
-            ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
-            turns = [turned for turned, lies_so in ways if lies_so]
+            turns = [turned for turned, feature_major in ways if feature_major]
             for cluster, tokens in product(clusters, (8, 16)):
                 if cluster > 1 and (len(runs) < cluster or window % ALIGNED):  # it is runs that they share out
                     continue
@@ -243,8 +244,7 @@ def _choices(call: Call, gpu: Gpu) -> Iterator[Choice]:
                 more += CLUSTER_SECONDS if cluster > 1 else 0.0
                 yield predict(name, tokens, DECODE_ROWS, shared, 0, turns, cluster=cluster, more=more)
         # The gather kernel wants columns, and columns come out.
-        ways = ((turned_in, call.feature_major), (turned_out, call.feature_major_out))
-        beside = [turned for turned, lies_so in ways if not lies_so]
+        beside = [turned for turned, feature_major in ways if not feature_major]
     elif not call.planes.gathered:
         return
     else:

@@ -50,8 +50,8 @@ class Gpu:
     measured: bool = False
 
 
-# By compute capability: a newer one that is missing takes the last before it. Estimates, but for those measured on an
-# H200 (benchmarks/results/gpu-nvidia-h200.json); an H100 has a slower memory.
+# By compute capability: a newer one that is missing takes the last before it. Estimates, but for an H200's, which are
+# within a tenth of benchmarks/results/gpu-nvidia-h200.json; an H100 has a slower memory.
 GPUS = {
     (8, 0): Gpu("A100", 1.4e12, 4.5e12, 300e12, 270e12, 108),
     (8, 6): Gpu("RTX 30", 0.85e12, 2.2e12, 68e12, 68e12, 82),
