@@ -23,14 +23,14 @@ def prototype(saliency: Tensor, pattern: HiNMPattern, seed: int = 0) -> tuple[Hi
     rows, v = saliency.shape[0], pattern.vector_size
     scaled = saliency / saliency.max()
     problem = Problem(scaled, pattern, torch.Generator().manual_seed(seed), Clock(None), None, None)
-    order = problem.shuffled(rows)
+    order = torch.from_numpy(problem.shuffled(rows))
     owner = torch.arange(rows // v).repeat_interleave(v)
     for i in range(ROUNDS):
         index = choose_vectors(scaled, pattern, order)
         values = row_values(problem, torch.arange(rows), index)
         heat = 1 - (i + 1) / ROUNDS
-        noisy = values + heat * values.std() * problem.noise(*values.shape)
-        order = assign([noisy[:, owner]])[0].argsort()
+        noisy = values + heat * values.std() * torch.from_numpy(problem.noise(*values.shape))
+        order = torch.from_numpy(assign([noisy[:, owner].numpy()])[0]).argsort()
     index = choose_vectors(scaled, pattern, order)
     for tile, slots in enumerate(index):
         points = scaled[order[tile * v : (tile + 1) * v]].t()  # [I, V]
@@ -50,7 +50,8 @@ def exchange_pairs(points: Tensor, slots: Tensor, pattern: HiNMPattern) -> Tenso
     slots = slots.clone()
     while True:
         rest = slots.unflatten(0, (-1, m))[:, others].flatten(0, 1)  # [K, m - 1]
-        values = joined_values(points[rest].unsqueeze(0), points.unsqueeze(0), pattern.n)[0]  # [K, W]
+        members = points[rest].unsqueeze(0).unbind(2)
+        values = joined_values(members, points.unsqueeze(0), points.sum(dim=1).unsqueeze(0), pattern.n)[0] / 2  # [K, W]
         values -= values.gather(1, slots.unsqueeze(1))
         swap = values[:, slots]
         swap = (swap + swap.t()).masked_fill(group.unsqueeze(1) == group, float("-inf"))

@@ -99,9 +99,9 @@ class Moves:
             undo.callback(setattr, owner, name, inner)
 
         with ExitStack() as undo:
-            wrap(exchange, "_balance", lambda values, *_: len(values))
+            wrap(exchange, "_balance", lambda values, *_: values.shape[0] * values.shape[1])
             wrap(exchange, "_move_rows", lambda _, order, *__: order.numel())
-            wrap(problem.Blocks, "draw", lambda blocks, _, active: active.numel() * blocks.slots.shape[1])
+            wrap(problem.Blocks, "draw", lambda blocks, _, active: active.size * blocks.slots.shape[1])
             yield
 
 

@@ -49,7 +49,15 @@ class Elsewhere(TorchDispatchMode):
         self.left: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        if torch.is_inference_mode_enabled():  # where an operation arrives that is made of others, and views are none
+            with self, torch.inference_mode(False):
+                result = func.decompose(*args, **kwargs or {})
+            if result is not NotImplemented:
+                return result
+        with torch.inference_mode(False):
+            return self._compute(func, args, dict(kwargs or {}))
+
+    def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         away = [tensor for tensor in tensors if isinstance(tensor, _Wrapped)]
         wanted = kwargs.get("device")

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.magnitudes import random_layer
 from lightning_hinm import HiNMLayout, HiNMPattern, hinm_mask
-from lightning_hinm.gyro import SearchResult, exchange, paper, problem, search
+from lightning_hinm.gyro import SearchResult, exchange, problem, search
 from lightning_hinm.layout import check_layout
 from lightning_hinm.mask import retained
 
@@ -89,24 +89,26 @@ def search_matrix(matrix: Matrix, device: torch.device) -> Record:
 
 @contextmanager
 def bytes_assigned() -> Iterator[list[int]]:
-    """What assignment problems alone have to bring to the CPU, where they are solved: the size of each matrix of what
-    vectors are worth in groups, or rows in tiles.
+    """What assignment problems alone have to bring to the CPU, where they are made and solved: the size of each matrix
+    of what vectors are worth in groups, or rows in tiles, and of the sums of columns, by which pruned ones are elected.
     """
     found: list[int] = []
-
-    def count_matrices(values: list[torch.Tensor]) -> list[torch.Tensor]:
-        found.extend(matrix.nbytes for matrix in values if matrix.device.type != "cpu")
-        return assign(values)
-
-    def count_rows(values: exchange.Array, *others: Any) -> exchange.Array:
-        found.append(values.nbytes)
-        return balance(values, *others)
-
-    assign, balance = problem.assign, exchange._balance
     with ExitStack() as patches:
-        for module in (problem, exchange, paper):
-            patches.enter_context(mock.patch.object(module, "assign", count_matrices))
-        patches.enter_context(mock.patch.object(exchange, "_balance", count_rows))
+
+        def count(owner: Any, name: str, size: Callable[..., int]) -> None:
+            inner = getattr(owner, name)
+
+            def counting(*arguments: Any, **options: Any) -> Any:
+                result = inner(*arguments, **options)
+                found.append(size(result, *arguments))
+                return result
+
+            patches.enter_context(mock.patch.object(owner, name, counting))
+
+        count(problem, "joined_values", lambda result, *_: result.nbytes)
+        count(exchange, "row_values", lambda result, *_: result.nbytes)
+        count(exchange, "_balance", lambda _, values, *__: values.nbytes)
+        count(problem.Blocks, "__init__", lambda _, blocks, *__: blocks.sums.nbytes)
         yield found
 
 

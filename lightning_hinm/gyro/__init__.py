@@ -194,10 +194,18 @@ def _search(
     if entries:
         generator.set_state(entries[0].generator)
     else:
-        found = _search_groups(saliencies, patterns, groups, method, generator, clock, output_order, within, progress)
-        for saliency, each in zip(saliencies, found, strict=True):
-            gap = _Gap(saliency, each.layout.pattern, each.identity).closed(each.retained)
-            layout = replace(each.layout.to("cpu"), retained=each.retained)
+        with torch.inference_mode():  # small matrices are searched in four fifths of the time
+            found = _search_groups(
+                saliencies, patterns, groups, method, generator, clock, output_order, within, progress
+            )
+            gaps = [
+                _Gap(saliency, each.layout.pattern, each.identity).closed(each.retained)
+                for saliency, each in zip(saliencies, found, strict=True)
+            ]
+        for each, gap in zip(found, gaps, strict=True):
+            with torch.inference_mode(False):  # a layout may serve a training
+                order, index = (part.cpu().clone() for part in (each.layout.output_order, each.layout.vector_index))
+            layout = HiNMLayout(each.layout.pattern, order, index, each.retained)
             entries.append(cache.Entry(layout, each.retained, gap, generator.get_state()))
         for i, entry in enumerate(entries if key is not None and not clock.ended else ()):
             cache.write(f"{key}-{i}", entry)
@@ -344,7 +352,8 @@ def _reporter(
         layouts = [HiNMLayout(pair[1], order, index) for pair, index in zip(pairs, indices, strict=True)]
         values = _retained_by(pairs, layouts)
         closed = [gap.closed(value) for gap, value in zip(gaps, values, strict=True)]
-        progress(Progress(clock.seconds, fmean(values), fmean(closed)))
+        with torch.inference_mode(False):  # not the caller's
+            progress(Progress(clock.seconds, fmean(values), fmean(closed)))
 
     return report
 

@@ -6,20 +6,19 @@ Shapes: as in ``problem``.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hinm.gyro.problem import GROUPS, Problem, assign, assign_vectors, row_values
+from lightning_hinm.gyro.problem import GROUPS, Array, Problem, assign, assign_vectors, row_values
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.pattern import HiNMPattern
 
-Array = np.ndarray[Any, Any]
-
-# Annealing: all rounds, the share of them that is for short annealings, and the rounds of a short one.
-ROUNDS, STARTING, QUICK_ROUNDS = 250, 0.4, 20
+# Annealing: all rounds; the share of them that is for short annealings, how many of these at most, and their rounds.
+ROUNDS, STARTING, STARTS, QUICK_ROUNDS = 250, 0.4, 5, 20
 # The noise of the first round, that with which the best is annealed further, and that of the last noisy round, in
 # standard deviations of what a row is worth in a tile; the rounds that are noisy.
 HOT, WARM, COLD, NOISY = 2.0, 0.5, 0.1, 0.8
@@ -34,9 +33,9 @@ PRICE_RATE = 0.15
 ROWS = 256
 # After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little and
 # so many draws of a single group have failed in a row: few groups are soon drawn often.
-TURNS, DRAWS, LEAST, FAILED = 6, 8, 5e-5, 256
+TURNS, DRAWS, LEAST, FAILED = 6, 8, 2.5e-5, 256
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
-QUICK, QUICK_LEAST = 96, 2e-4
+QUICK, QUICK_LEAST = 96, 1.2e-4
 # Turns, groups of an assignment, least gain and failures where rows might move and are not annealed: all that there is
 # to gain is in these.
 ALONE = 12, GROUPS, 1e-6, 2048
@@ -81,26 +80,24 @@ def _anneal_rows(problems: Sequence[Problem]) -> Tensor:
     """
     rows = _Rows(problems)
     rounds = max(min(ROUNDS, WORK // (rows.weights * min(len(rows.size), TILES))), FEWEST)
-    starts = int(rounds * STARTING) // QUICK_ROUNDS
-    best = -1.0, rows.tile, rows.price
-    for start in range(starts):
-        if rows.problem.clock.used / SHARE >= STARTING:
-            rows.problem.clock.ended = True
-            break
-        rows.deal()
-        rows.cool(QUICK_ROUNDS, HOT, WARM, STARTING * (start + 1) / starts)
-        best = max(best, (rows.worth(), rows.tile, rows.price), key=lambda each: each[0])
-    _, rows.tile, rows.price = best
+    starts = min(int(rounds * STARTING) // QUICK_ROUNDS, STARTS)
+    if starts:
+        rows.deal(starts)
+        rows.cool(QUICK_ROUNDS, HOT, WARM, STARTING)
+        rows.keep_best()
     rows.cool(rounds - starts * QUICK_ROUNDS, WARM if starts else HOT, COLD, 1.0)
     return rows.order()
 
 
 class _Rows:
-    """The tile of each row, and what a place in each tile costs.
+    """The tile of each row, and what a place in each tile costs, in each of K annealings that go on side by side.
 
     Groups do not exist yet, so tiles keep columns by a stand-in for what survives n:m. What rows are worth in tiles is
     brought to the CPU: so small a matrix is dealt with there in a fraction of the time.
     """
+
+    tile: Array  # [K, O]
+    price: Array  # [K, T]
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problem = problems[0]  # the first has the randomness and the clock of all
@@ -109,22 +106,29 @@ class _Rows:
         self.weights = sum(saliency.numel() for saliency in self.saliencies)
         self.owner = np.arange(len(problems[0].saliency)) // problems[0].pattern.vector_size  # of each place
         self.size = np.bincount(self.owner)  # the last may be short
-        self.deal()
+        self.deal(1)
 
-    def deal(self) -> None:
-        """Rows to tiles at random."""
-        self.tile = self.owner[torch.randperm(len(self.owner), generator=self.problem.generator).numpy()]
-        self.price = np.zeros(len(self.size), np.float32)
+    def deal(self, count: int) -> None:
+        """So many annealings, each with the rows in tiles at random."""
+        self.tile = np.stack([self.owner[self.problem.shuffled(self.owner.size)] for _ in range(count)])
+        self.price = np.zeros((count, self.size.size), np.float32)
+
+    def keep_best(self) -> None:
+        """The annealing whose tiles keep most, alone."""
+        best = [int(self.worth().argmax())]
+        self.tile, self.price = self.tile[best], self.price[best]
 
     def order(self) -> Tensor:
-        return torch.from_numpy(self.tile).to(self.problem.saliency.device).argsort(stable=True)
+        """That of the first annealing."""
+        return torch.from_numpy(self.tile[0].argsort(kind="stable")).to(self.problem.saliency.device)
 
-    def worth(self) -> float:
-        """What all tiles keep."""
-        sums = (_sums(saliency, self.tile, len(self.size)) for saliency in self.saliencies)
-        return sum(
-            float((of_tiles * _kept(of_tiles, runs)).sum()) for of_tiles, runs in zip(sums, self.runs, strict=True)
-        )
+    def worth(self) -> Array:
+        """What all tiles keep, ``[K]``."""
+        kept = np.zeros(len(self.tile))
+        for saliency, runs in zip(self.saliencies, self.runs, strict=True):
+            sums = _sums(saliency, self.tile, self.size.size)
+            kept += (sums * _kept(sums, runs)).unflatten(0, self.price.shape).sum(dim=(1, 2)).cpu().numpy()
+        return kept
 
     def cool(self, rounds: int, first: float, last: float, share: float) -> None:
         """Moves rows with ever less noise, from ``first`` to ``last`` and then none; faster if there is no time.
@@ -147,43 +151,57 @@ class _Rows:
 
     def move(self, noise: float) -> None:
         """Each tile keeps its best columns, each row goes where these suit it best, inside blocks of tiles."""
-        tiles, self.tile, self.price = len(self.size), self.tile.copy(), self.price.copy()
+        (count, tiles), every = self.price.shape, np.arange(len(self.price))[:, None]
+        self.tile, self.price = self.tile.copy(), self.price.copy()
         blocks = [np.arange(tiles)]
         if tiles > TILES:
-            blocks = [block.numpy() for block in torch.randperm(tiles, generator=self.problem.generator).split(TILES)]
+            order = self.problem.shuffled(tiles)
+            blocks = [order[first : first + TILES] for first in range(0, tiles, TILES)]
         for block in blocks:
-            inside: Any = slice(None)
-            parts, own = self.saliencies, self.tile
-            if len(blocks) > 1:
+            if len(blocks) == 1:
+                inside, values = np.arange(self.owner.size)[None], self.values(self.saliencies, self.tile, tiles)
+            else:
                 place = np.full(tiles, -1)
-                place[block] = np.arange(len(block))
-                inside = np.flatnonzero(place[self.tile] >= 0)  # the rows of the block
-                own = place[self.tile[inside]]
-                index = torch.from_numpy(inside).to(self.saliencies[0].device)
-                parts = [saliency[index] for saliency in self.saliencies]
-            kept = (_kept(_sums(part, own, len(block)), runs) for part, runs in zip(parts, self.runs, strict=True))
-            # Transposed, because a product of few rows is faster than one of few columns.
-            worth = (of_tiles @ part.t() for part, of_tiles in zip(parts, kept, strict=True))
-            values = reduce(torch.add, worth).t().contiguous().cpu().numpy()
+                place[block] = np.arange(block.size)
+                inside = np.flatnonzero(place[self.tile] >= 0).reshape(count, -1) % self.owner.size
+                parts = []  # one annealing at a time: each has other rows in the block
+                for rows, tile in zip(inside, self.tile, strict=True):
+                    index = torch.from_numpy(rows).to(self.saliencies[0].device)
+                    own = [saliency[index] for saliency in self.saliencies]
+                    parts.append(self.values(own, place[tile[rows]][None], block.size))
+                values = np.concatenate(parts)
             # What a row is worth everywhere decides nothing.
-            values -= np.add.reduce(values, axis=1, keepdims=True) / np.float32(values.shape[1])
+            values -= np.add.reduce(values, axis=2, keepdims=True) / np.float32(block.size)
             spread = float(np.vdot(values, values) / values.size) ** 0.5
             if noise:  # uniform; its mean, which all tiles get, decides nothing either
                 random = torch.rand(values.shape, generator=self.problem.generator)
                 torch.from_numpy(values).add_(random, alpha=noise * spread * 12**0.5)
-            price = self.price[block]
-            self.tile[inside] = block[_balance(values, self.size[block], price, PRICE_RATE * spread)]
-            self.price[block] = price
+            price = self.price[:, block]
+            self.tile[every, inside] = block[_balance(values, self.size[block], price, PRICE_RATE * spread)]
+            self.price[:, block] = price
         if self.problem.due:
             self.problem.tell(self.order())
 
+    def values(self, saliencies: Sequence[Tensor], tile: Array, count: int) -> Array:
+        """What each row of the saliencies is worth in each of ``count`` tiles: ``[K, rows, count]``."""
+        worth = []
+        for saliency, runs in zip(saliencies, self.runs, strict=True):
+            # Transposed, because a product of few rows is faster than one of few columns.
+            worth.append(_kept(_sums(saliency, tile, count), runs) @ saliency.t())
+        values: Array = reduce(torch.add, worth).unflatten(0, (-1, count)).transpose(1, 2).contiguous().cpu().numpy()
+        return values
+
 
 def _sums(saliency: Tensor, tile: Array, count: int) -> Tensor:
-    """The column sums of each tile, ``[count, I]``; ``tile`` says whose each row is."""
+    """The column sums of each tile, ``[K * count, I]``; ``tile``, ``[K, rows]``, says whose each row is."""
     own = torch.from_numpy(tile).to(saliency.device)
     if saliency.device.type == "cpu":  # many times as fast; a GPU would add in any order
-        return saliency.new_zeros(count, saliency.shape[1]).index_add_(0, own, saliency)
-    return (torch.arange(count, device=own.device).unsqueeze(1) == own).to(saliency.dtype) @ saliency
+        sums = saliency.new_zeros(len(own), count, saliency.shape[1])
+        for of_tiles, rows in zip(sums, own, strict=True):
+            of_tiles.index_add_(0, rows, saliency)
+        return sums.flatten(0, 1)
+    owns = torch.arange(count, device=own.device).unsqueeze(1) == own.unsqueeze(1)  # [K, count, rows]
+    return owns.flatten(0, 1).to(saliency.dtype) @ saliency
 
 
 def _likely(saliency: Tensor, pattern: HiNMPattern) -> Tensor:
@@ -228,52 +246,59 @@ def _smallest(values: Tensor, rank: int) -> Tensor:
 
 
 def _balance(values: Array, size: Array, price: Array, rate: float) -> Array:
-    """A tile for each row that nearly maximises the sum of ``values`` ``[rows, tiles]``, ``size`` rows in each tile.
+    """Tiles for the rows that nearly maximise the sum of ``values``, ``size`` rows in each tile: ``[K, rows]``.
 
     Every row takes the tile with the largest value less the tile's price; prices of crowded tiles rise. The few rows
     that a tile then has too many are assigned to the places left over.
 
     Args:
-        values: of each row in each tile.
-        size: rows that each tile takes.
-        price: of each tile, moved in place.
+        values: of each row in each tile, ``[K, rows, T]``: K problems of their own.
+        size: rows that each tile takes, ``[T]``.
+        price: of each tile, ``[K, T]``, moved in place.
         rate: how far a price moves at most.
     """
-    count, worth = len(size), values - price
-    tile = worth.argmax(axis=1)
-    taken = np.bincount(tile, minlength=count)
-    price += (rate * np.minimum(taken / size - 1, 1)).astype(np.float32)
-    crowded = np.flatnonzero((taken > size)[tile])  # rows
-    if not crowded.size:
-        return tile
-    owner, others, every = tile[crowded], worth[crowded], np.arange(crowded.size)
-    best = others[every, owner]
-    others[every, owner] = -np.inf
-    attached = best - np.maximum.reduce(others, axis=1)
-    by_tile = np.lexsort((-attached, owner))  # the rows of each crowded tile, the most attached first
-    owner = owner[by_tile]
-    first = np.concatenate(([0], np.flatnonzero(owner[1:] != owner[:-1]) + 1))
-    place = every - first.repeat(taken[owner[first]])
-    over = crowded[by_tile[place >= size[owner]]]
-    left = np.arange(count).repeat((size - taken).clip(min=0))
-    for some in range(0, over.size, ROWS):
-        rows, places = over[some : some + ROWS], left[some : some + ROWS]
-        tile[rows] = places[assign([torch.from_numpy(worth[rows][:, places])])[0].numpy()]
-    return tile
+    (problems, rows, count), worth = values.shape, values - price[:, None]
+    tile = (worth.argmax(axis=2) + np.arange(0, problems * count, count)[:, None]).ravel()  # numbered through
+    worth, sizes = worth.reshape(-1, count), size if problems == 1 else np.tile(size, problems)
+    taken = np.bincount(tile, minlength=sizes.size)
+    price += (rate * np.minimum(taken / sizes - 1, 1)).astype(np.float32).reshape(price.shape)
+    crowded = np.flatnonzero((taken > sizes)[tile])  # rows
+    if crowded.size:
+        owner, others, every = tile[crowded], worth[crowded], np.arange(crowded.size)
+        best = others[every, owner % count]
+        others[every, owner % count] = -np.inf
+        attached = best - np.maximum.reduce(others, axis=1)
+        by_tile = np.lexsort((-attached, owner))  # the rows of each crowded tile, the most attached first
+        owner = owner[by_tile]
+        first = np.concatenate(([0], np.flatnonzero(owner[1:] != owner[:-1]) + 1))
+        place = every - first.repeat(taken[owner[first]])
+        over = crowded[by_tile[place >= sizes[owner]]]
+        left = np.arange(sizes.size).repeat((sizes - taken).clip(min=0))
+        # Both are in the order of the problems, and of each problem there are as many of both.
+        ends = np.searchsorted(over // rows, np.arange(problems + 1)).tolist()
+        parts = [slice(i, min(i + ROWS, b)) for a, b in pairwise(ends) for i in range(a, b, ROWS)]
+        solved = assign([worth[over[part]][:, left[part] % count] for part in parts])
+        for part, choice in zip(parts, solved, strict=True):
+            tile[over[part]] = left[part][choice]
+    return tile.reshape(problems, rows) % count
 
 
 def _move_rows(problems: Sequence[Problem], order: Tensor, indices: Sequence[Tensor]) -> Tensor:
     """Rows to tiles by exact transport, given what each tile keeps, inside random blocks of tiles."""
-    v, moved = problems[0].pattern.vector_size, order.clone()
+    v, rows, device = problems[0].pattern.vector_size, order.cpu().numpy(), order.device
+    tiles = problems[0].shuffled(len(indices[0]))
     places, values = [], []
-    for block in problems[0].shuffled(indices[0].shape[0]).split(max(ROWS // v, 2)):
-        at = (block.unsqueeze(1) * v + torch.arange(v, device=order.device)).flatten()
-        owner = torch.arange(block.numel(), device=order.device).repeat_interleave(v)[at < order.numel()]
-        at = at[at < order.numel()]
+    for first in range(0, tiles.size, max(ROWS // v, 2)):
+        block = tiles[first : first + max(ROWS // v, 2)]
+        at = (block[:, None] * v + np.arange(v)).ravel()
+        owner = np.arange(block.size).repeat(v)[at < rows.size]  # the last tile may be short
+        at = at[at < rows.size]
         places.append(at)
-        worth = (row_values(one, order[at], index[block]) for one, index in zip(problems, indices, strict=True))
-        values.append(reduce(torch.add, worth)[:, owner])
+        some, within = torch.from_numpy(rows[at]).to(device), torch.from_numpy(block).to(device)
+        worth = (row_values(one, some, index[within]) for one, index in zip(problems, indices, strict=True))
+        values.append(reduce(torch.add, worth).cpu().numpy()[:, owner])
+    moved = np.empty_like(rows)
     for at, choice in zip(places, assign(values), strict=True):
         # The rows were numbered as their places are: row i goes to place choice[i].
-        moved[at[choice]] = order[at]
-    return moved
+        moved[at[choice]] = rows[at]
+    return torch.from_numpy(moved).to(device)

@@ -37,12 +37,12 @@ def _gyro_rows(problems: Sequence[Problem], order: Tensor) -> Tensor:
     for samples in (count for count in SAMPLES if count < v):
         failures = 0
         while failures < RETRIES and not problem.clock.expired():
-            picks = problem.noise(full, v).argsort(dim=1)
+            picks = torch.from_numpy(problem.noise(full, v).argsort(axis=1)).to(tiles.device)
             taken, left = tiles.gather(1, picks[:, :samples]), tiles.gather(1, picks[:, samples:])
             points = torch.cat([one.saliency[taken.flatten()] for one in problems], dim=1)
             clusters = taken.flatten()[_balanced_clusters(problem, points, full)]
             values = reduce(torch.add, (_cluster_values(one, left, clusters) for one in problems))
-            choice = assign([values])[0]
+            choice = torch.from_numpy(assign([values.cpu().numpy()])[0]).to(tiles.device)
             moved = torch.cat((left, clusters[choice]), dim=1)
             value = values.gather(1, choice.unsqueeze(1)).sum()
             if value > best * (1 + 1e-6):
@@ -72,13 +72,14 @@ def _cluster_values(problem: Problem, left: Tensor, clusters: Tensor) -> Tensor:
 def _balanced_clusters(problem: Problem, points: Tensor, count: int, steps: int = 5) -> Tensor:
     """Balanced k-means: ``count`` clusters of equal size, int64 ``[count, points / count]``, by assignment."""
     size = points.shape[0] // count
-    members = problem.shuffled(points.shape[0]).unflatten(0, (count, size))
+    members = torch.from_numpy(problem.shuffled(len(points))).to(points.device).unflatten(0, (count, size))
     if size == 1:
         return members
     for _ in range(steps):
         centres = points[members].mean(dim=1)
-        nearest = assign([-torch.cdist(points, centres).repeat_interleave(size, dim=1)])[0] // size
-        regrouped = nearest.argsort(stable=True).unflatten(0, (count, size))
+        near = -torch.cdist(points, centres).cpu().numpy()
+        nearest = torch.from_numpy(assign([near.repeat(size, axis=1)])[0] // size)
+        regrouped = nearest.argsort(stable=True).unflatten(0, (count, size)).to(points.device)
         if torch.equal(regrouped, members):
             break
         members = regrouped

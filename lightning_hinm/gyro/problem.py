@@ -5,18 +5,21 @@ one run of columns) of W columns and K slots, each slot holding one kept column.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_hinm.mask import choose_vectors, tile_rows
 from lightning_hinm.pattern import HiNMPattern
+
+Array = np.ndarray[Any, Any]
 
 # A draw that gains nothing says little about the next one: a search of draws ends after so many failures in a row.
 RETRIES = 4
@@ -98,21 +101,22 @@ class Problem:
         end = self.clock.seconds
         self.clock.next_report = end + max(SECONDS_BETWEEN_REPORTS, SEARCH_PER_REPORT * (end - start))
 
-    def noise(self, *shape: int) -> Tensor:
+    def noise(self, *shape: int) -> Array:
         """Normal noise, drawn on the CPU so that every device sees the same."""
-        return torch.randn(shape, generator=self.generator).to(self.saliency.device)
+        return torch.randn(shape, generator=self.generator).numpy()
 
-    def shuffled(self, count: int) -> Tensor:
-        return torch.randperm(count, generator=self.generator).to(self.saliency.device)
+    def shuffled(self, count: int) -> Array:
+        return torch.randperm(count, generator=self.generator).numpy()
 
 
-def ranked(parts: list[Tensor], n: int) -> list[Tensor]:
+def ranked(parts: Sequence[Tensor], n: int) -> list[Tensor]:
     """Elementwise the ``n`` largest of the tensors, in descending order: a partial bubble sort of max and min."""
     rest, best = list(parts), []
-    for _ in range(n):
-        for i in range(len(rest) - 1):
-            rest[i], rest[i + 1] = torch.minimum(rest[i], rest[i + 1]), torch.maximum(rest[i], rest[i + 1])
-        best.append(rest.pop())
+    for left in reversed(range(n)):
+        largest, *rest = rest
+        for i, part in enumerate(rest):
+            largest, rest[i] = torch.maximum(largest, part), torch.minimum(largest, part) if left else part
+        best.append(largest)
     return best
 
 
@@ -136,36 +140,37 @@ def row_values(problem: Problem, rows: Tensor, index: Tensor) -> Tensor:
     return torch.stack(values, dim=1)
 
 
-def joined_values(rest: Tensor, columns: Tensor, n: int) -> Tensor:
-    """What each group is worth with each of the columns as its last member: ``[B, G, C]``.
+def joined_values(rest: Sequence[Tensor], columns: Tensor, sums: Tensor, n: int) -> Tensor:
+    """Twice what each group is worth with each of the columns as its last member, less a number for each group.
 
     Of a row's ``m`` values, the best ``n`` after value ``e`` joins sum to ``(best n-1 of the others) + max(nth, e)``,
-    with ``nth`` the n-th best of the others (0 where n = m), and ``sum(max(nth, e)) = (sum nth + sum e + |nth - e|_1)
-    / 2``: one L1 distance matrix, exact.
+    with ``nth`` the n-th best of the others, and ``2 * sum(max(nth, e)) = sum nth + sum e + |nth - e|_1``: one L1
+    distance matrix, exact. What all columns of a group have in common is left out.
 
     Args:
-        rest: ``[B, G, m - 1, V]``, the other columns of each group.
+        rest: ``m - 1`` tensors ``[B, G, V]``, the other columns of each group; at least ``n``.
         columns: ``[B, C, V]``, the columns that may join.
-        n: kept of the ``m``.
+        sums: ``[B, C]``, of these.
+        n: kept of the ``m``, fewer than all.
+
+    Returns:
+        ``[B, G, C]``.
     """
-    best = ranked(list(rest.unbind(2)), min(n, rest.shape[2]))
-    nth = best.pop() if n <= rest.shape[2] else rest.new_zeros(*rest.shape[:2], rest.shape[3])
-    others = sum((part.sum(dim=2) for part in best), nth.sum(dim=2) / 2)
-    return others.unsqueeze(2) + (columns.sum(dim=2).unsqueeze(1) + torch.cdist(nth, columns, p=1.0)) / 2
+    return torch.cdist(ranked(rest, n)[-1], columns, p=1.0).add_(sums.unsqueeze(1))
 
 
-def assign(values: list[Tensor]) -> list[Tensor]:
+def assign(values: Sequence[Array]) -> list[Array]:
     """The column of each row in the assignment with the largest sum, of each ``[N, M >= N]``: int64 ``[N]``."""
     from scipy.optimize import linear_sum_assignment  # here: importing the package stays light
 
-    matrices = [matrix.cpu().double().numpy() for matrix in values]
-    solve = partial(linear_sum_assignment, maximize=True)
-    if len(matrices) > 1 and sum(matrix.size for matrix in matrices) > PARALLEL:  # the solver lets other threads run
+    def solve(matrix: Array) -> Array:
+        columns: Array = linear_sum_assignment(matrix, maximize=True)[1]
+        return columns
+
+    if len(values) > 1 and sum(matrix.size for matrix in values) > PARALLEL:  # the solver lets other threads run
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            solved = list(threads.map(solve, matrices))
-    else:
-        solved = [solve(matrix) for matrix in matrices]
-    return [torch.from_numpy(columns).to(matrix.device) for matrix, (_, columns) in zip(values, solved, strict=True)]
+            return list(threads.map(solve, values))
+    return [solve(matrix) for matrix in values]
 
 
 def assign_vectors(
@@ -194,19 +199,19 @@ def assign_vectors(
     Returns:
         The new index, ``[T, P]``.
     """
-    pattern, index = problem.pattern, index.clone()
+    pattern = problem.pattern
     if problem.clock.expired():
         return index
     if pattern.n == pattern.m:  # all groups are worth their sums: the largest sums are best
         return choose_vectors(problem.saliency, pattern, order, within=problem.within) if pruned else index
     v, m, tiles = pattern.vector_size, pattern.m, index.shape[0]
+    chosen = index.cpu().numpy().copy()
     start = 0
     for first, columns, count in pattern.equal_runs(problem.saliency.shape[1]):
         kept = pattern.kept_of_run(columns)
         held = min(kept, columns)  # of the slots, those that hold real columns
         groups = held // m  # a group that virtual columns complete stays as it is
-        own_slots = index[:, start : start + count * kept].unflatten(1, (count, kept))  # a view
-        slots = own_slots[:, :, :held]  # [T, runs, held]
+        slots = chosen[:, start : start + count * kept].reshape(tiles, count, kept)[:, :, :held]  # a view
         start += count * kept
         elect = pruned and held < columns
         if not groups or (groups == 1 and not elect):
@@ -219,18 +224,19 @@ def assign_vectors(
             own = slots[t : t + at_once // runs, r : r + runs]
             begin, end = first + r * columns, first + min(r + runs, count) * columns
             points = _blocks(problem.saliency[:, begin:end], part, v, columns).transpose(1, 2).contiguous()  # [B, W, V]
-            offset = torch.arange(begin, end, columns, device=index.device).unsqueeze(1)
-            local = (own - offset).flatten(0, 1)  # [B, held]
-            free = torch.ones(points.shape[:2], dtype=torch.bool, device=index.device)
+            offset = np.arange(begin, end, columns)[:, None]
+            local = (own - offset).reshape(len(points), held)
+            free = np.ones(points.shape[:2], bool)
             if problem.within is not None:
-                free = _blocks(problem.within[:, begin:end], part, v, columns).any(dim=1)
-            free.scatter_(1, local, False)
-            members = local[:, : groups * m].unflatten(1, (groups, m))
+                free = _blocks(problem.within[:, begin:end], part, v, columns).any(dim=1).cpu().numpy()
+            free[np.arange(len(points))[:, None], local] = False
+            members = local[:, : groups * m].reshape(-1, groups, m)
             blocks = Blocks(points, members, free if elect else None, most, aged=pruned)
             blocks.assign(problem, draws, least, failed)
-            own[:, :, : groups * m] = blocks.slots.flatten(1).unflatten(0, own.shape[:2]) + offset
-            problem.tell(order, index)
-    return index
+            own[:, :, : groups * m] = blocks.slots.reshape(*own.shape[:2], -1) + offset
+            if problem.due:
+                problem.tell(order, torch.from_numpy(chosen).to(index.device))
+    return torch.from_numpy(chosen).to(index.device)
 
 
 def _blocks(matrix: Tensor, order: Tensor, vector_size: int, columns: int) -> Tensor:
@@ -241,6 +247,9 @@ def _blocks(matrix: Tensor, order: Tensor, vector_size: int, columns: int) -> Te
 class Blocks:
     """Some tiles' share of one run of columns, and the groups that their kept columns form.
 
+    The columns lie where the saliency does. What is known of each, and which group holds it, is small: it is kept on
+    the CPU, where assignments are solved.
+
     Args:
         points: ``[B, W, V]``, the columns.
         slots: int64 ``[B, G, m]``, the columns that each group holds.
@@ -249,14 +258,15 @@ class Blocks:
         aged: vectors are drawn by age.
     """
 
-    def __init__(self, points: Tensor, slots: Tensor, free: Tensor | None, most: int, *, aged: bool) -> None:
-        self.points, self.slots, self.free, self.most = points, slots.clone(), free, most
-        self.sums = points.sum(dim=2)  # [B, W]
-        self.spread = self.sums.double().std(correction=0).to(self.sums.dtype)
+    def __init__(self, points: Tensor, slots: Array, free: Array | None, most: int, *, aged: bool) -> None:
+        self.points, self.slots, self.free, self.most = points, slots.copy(), free, most
+        self.sums = points.sum(dim=2).cpu().numpy()  # [B, W]
+        self.kept = self.sums[np.arange(len(slots))[:, None, None], slots].sum(axis=(1, 2))  # [B], at first
+        self.spread = self.sums.std(dtype=np.float64).astype(self.sums.dtype)
         # A group holds its columns in the order in which they came: mostly the one that came long ago is drawn.
-        self.age = AGE * torch.arange(slots.shape[2], device=slots.device) if aged else 0.0
+        self.age = np.arange(slots.shape[2], dtype=np.float32) * (AGE if aged else 0)
         # As many are free at any time: whether that is enough for every draw.
-        self.scarce = free is not None and bool(free.sum(dim=1).min() < self.elected(*self.deals))
+        self.scarce = free is not None and free.sum(axis=1).min() < self.elected(*self.deals)
 
     @property
     def deals(self) -> tuple[int, int]:
@@ -271,76 +281,83 @@ class Blocks:
     def assign(self, problem: Problem, draws: int | None, least: float, failed: int = 0) -> None:
         """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``."""
         retries = max(RETRIES, failed // self.slots.shape[1])
-        failures = torch.zeros(len(self.slots), dtype=torch.int64, device=self.slots.device)
+        failures = np.zeros(len(self.slots), np.int64)
         while draws is None or draws > 0:
-            active = (failures < retries).nonzero()[:, 0]
-            if not active.numel() or problem.clock.expired():
+            active = np.flatnonzero(failures < retries)
+            if not active.size or problem.clock.expired():
                 return
-            gain, worth = self.draw(problem, active)
-            failures[active] = torch.where(gain > least * worth, 0, failures[active] + 1)
+            gain = self.draw(problem, active)
+            failures[active] = np.where(gain > least * self.kept[active], 0, failures[active] + 1)
             draws = None if draws is None else draws - 1
 
-    def draw(self, problem: Problem, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Assigns one vector of every group of the ``active`` blocks anew: ``(gain, what the groups were worth)``.
+    def draw(self, problem: Problem, active: Array) -> Array:
+        """Assigns one vector of every group of the ``active`` blocks anew: what each of them gains.
 
         Many groups are dealt out to several assignments, D of S groups each. A gain is exact, because no group gives
         more than one vector.
         """
         (_, groups, m), (size, deals) = self.slots.shape, self.deals
-        dealt = problem.noise(len(active), groups).argsort(dim=1)[:, : deals * size]
-        first = (problem.noise(len(active), deals * size, m) + self.age).argmin(dim=2, keepdim=True)
-        others = torch.arange(m - 1, device=first.device)
-        others = others + (others >= first)  # [A, D * S, m - 1]
-        slots = self.slots[active.unsqueeze(1), dealt]  # [A, D * S, m]
-        drawn, rest = slots.gather(2, first).view(-1, size), slots.gather(2, others)
-        extra = self.candidates(problem, active, size, deals).flatten(0, 1)  # [A * D, C]
-        candidates = torch.cat((drawn, extra), dim=1)
-        b = (active.repeat_interleave(deals) if deals > 1 else active).view(-1, 1)
-        rest_points = self.columns(b.unsqueeze(2), rest.unflatten(1, (deals, size)).flatten(0, 1))
-        values = joined_values(rest_points, self.columns(b, candidates), problem.pattern.n)  # [A * D, S, S + C]
-        if self.free is not None and self.scarce:
-            values[:, :, size:].masked_fill_(~self.free[b, extra].unsqueeze(1), BARRED)
-        quick = values if size < FEW else _priced(values)
-        choice = torch.stack(assign(list(quick)))[:, :size]  # [A * D, S]
-        before = values.diagonal(dim1=1, dim2=2).sum(dim=1)
-        gain = values.gather(2, choice.unsqueeze(2)).sum(dim=(1, 2)) - before
-        gain = torch.where(gain > 1e-6 * before, gain, 0)  # less is rounding
-        chosen = torch.where(gain.unsqueeze(1) > 0, candidates.gather(1, choice), drawn)
-        new = torch.cat((rest, chosen.view(len(active), -1, 1)), dim=2)
-        self.slots[active.unsqueeze(1), dealt] = new
+        blocks, dealt = active[:, None], np.arange(groups)[None]
+        if deals > 1:
+            dealt = problem.noise(len(active), groups).argsort(axis=1)[:, : deals * size]
+        slots = self.slots[blocks, dealt]  # [A, D * S, m]
+        first = (problem.noise(*slots.shape) + self.age).argmin(axis=2)
+        gives = np.arange(m) == first[:, :, None]
+        drawn, rest = slots[gives].reshape(-1, size), slots[~gives].reshape(-1, size, m - 1)  # of each assignment
+        extra = self.candidates(problem, active, size, deals)  # [A * D, C]
+        candidates = np.concatenate((drawn, extra), axis=1)
+        block = active.repeat(deals)[:, None]
+        others = self.columns(block, rest.transpose(2, 0, 1)).unbind()
+        sums = torch.from_numpy(self.sums[block, candidates]).to(self.points.device)
+        values = joined_values(others, self.columns(block, candidates), sums, problem.pattern.n).cpu()
+        if self.scarce and self.free is not None:
+            values[:, :, size:].masked_fill_(~torch.from_numpy(self.free[block, extra]).unsqueeze(1), BARRED)
+        worth = values.numpy()  # [A * D, S, S + C]
+        choice = np.stack(assign(list(worth if size < FEW else _priced(values))))[:, :size]
+        at, group = np.arange(len(worth))[:, None], np.arange(size)
+        before = worth[at, group, group].sum(axis=1, dtype=np.float64)
+        gain = worth[at, group, choice].sum(axis=1, dtype=np.float64) - before
+        gain[gain <= 1e-6 * before] = 0  # rounding
+        chosen = np.where(gain[:, None] > 0, candidates[at, choice], drawn)
+        new = np.concatenate((rest, chosen[:, :, None]), axis=2)
+        self.slots[blocks, dealt] = new.reshape(slots.shape)
         if self.free is not None:
-            self.free[b, drawn] = True
-            self.free[b, chosen] = False
-        return gain.view(-1, deals).sum(dim=1), before.view(-1, deals).sum(dim=1)
+            self.free[block, drawn] = True
+            self.free[block, chosen] = False
+        return gain.reshape(-1, deals).sum(axis=1) / 2
 
-    def columns(self, block: Tensor, column: Tensor) -> Tensor:
+    def columns(self, block: Array, column: Array) -> Tensor:
         """Each ``column`` of its ``block``, ``[..., V]``: whole rows of the points, copied one by one."""
-        at = block * self.points.shape[1] + column
-        return self.points.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+        at = torch.from_numpy((block * self.points.shape[1] + column).ravel()).to(self.points.device)
+        return self.points.flatten(0, 1).index_select(0, at).unflatten(0, column.shape)
 
-    def candidates(self, problem: Problem, active: Tensor, size: int, deals: int) -> Tensor:
-        """Pruned columns for each assignment, a quarter as many as it has groups, large sums first: ``[A, D, C]``.
+    def candidates(self, problem: Problem, active: Array, size: int, deals: int) -> Array:
+        """Pruned columns for each assignment, a quarter as many as it has groups, large sums first: ``[A * D, C]``.
 
         One that is not free fills up where too few are.
         """
         if self.free is None:
-            return self.slots.new_empty(len(active), deals, 0)
+            return np.empty((len(active) * deals, 0), np.int64)
+        count = self.elected(size, deals)
         score = self.sums[active] + problem.noise(len(active), self.sums.shape[1]) * (self.spread / 2)
-        score.masked_fill_(~self.free[active], float("-inf"))
-        best = score.topk(self.elected(size, deals), dim=1).indices
-        return best.unflatten(1, (-1, deals)).transpose(1, 2)
+        score[~self.free[active]] = -np.inf
+        best = score.argpartition(-count, axis=1)[:, -count:]
+        return best.reshape(-1, count // deals, deals).transpose(0, 2, 1).reshape(-1, count // deals)
 
 
-def _priced(values: Tensor) -> Tensor:
+def _priced(values: Tensor) -> Array:
     """The same assignment problems, ``[B, S, S + C]``, as square ones that are solved in a fraction of the time.
 
     Off each column goes what it is worth on average, and most of what the row that wants it most would give beside, so
     that rows compete less: allowed where every column is assigned, hence the rows of zeros, which take the columns that
     are left over.
     """
-    extra = values.shape[2] - values.shape[1]
-    price = values.mean(dim=1, keepdim=True)
-    price = price + PRICED * (values - price - values.mean(dim=2, keepdim=True)).amax(dim=1, keepdim=True)
-    if extra:
-        price = (price - price.sort(dim=2).values[:, :, extra : extra + 1]).clamp(min=0)
-    return pad(values, (0, 0, 0, extra)) - price
+    blocks, rows, columns = values.shape
+    values = values - values.mean(dim=2, keepdim=True)  # what a row is worth everywhere decides nothing
+    price = values.mean(dim=1, keepdim=True).lerp_(values.amax(dim=1, keepdim=True), PRICED)
+    if columns > rows:
+        price = (price - price.kthvalue(columns - rows + 1, dim=2, keepdim=True).values).clamp_(min=0)
+    priced = values.new_zeros(blocks, columns, columns, dtype=torch.float64)
+    torch.sub(values, price, out=priced[:, :rows])
+    priced[:, rows:] -= price
+    return priced.numpy()
