@@ -22,8 +22,9 @@ ROUNDS, STARTING, STARTS, QUICK_ROUNDS = 250, 0.4, 5, 20
 # The noise of the first round, that with which the best is annealed further, and that of the last noisy round, in
 # standard deviations of what a row is worth in a tile; the rounds that are noisy.
 HOT, WARM, COLD, NOISY = 2.0, 0.5, 0.1, 0.8
-# Multiply-adds that all rounds may cost together: fewer rounds for a larger matrix, but never fewer than this.
-WORK, FEWEST = 1 << 38, 24
+# Multiply-adds that all rounds may cost together: fewer rounds for a larger matrix, but never fewer than this; and that
+# a round may cost in all annealings that go on to the end: of a small matrix, several take little longer than one.
+WORK, FEWEST, SIDE_BY_SIDE = 1 << 38, 24, 1 << 20
 # Tiles among which a round moves rows: larger matrices are dealt out anew in every round, so that a round's cost grows
 # like the matrix.
 TILES = 64
@@ -74,18 +75,20 @@ def _assign_all(problems: Sequence[Problem], order: Tensor, indices: list[Tensor
 
 
 def _anneal_rows(problems: Sequence[Problem]) -> Tensor:
-    """An order of rows, by annealing: several short ones from random orders first, and a long one from the best.
+    """An order of rows, by annealing: several short ones from random orders first, and from the best of them long ones.
 
     Which large kinds of rows share a tile is settled while it is hot, by luck as much as by merit, and stays so.
     """
     rows = _Rows(problems)
-    rounds = max(min(ROUNDS, WORK // (rows.weights * min(len(rows.size), TILES))), FEWEST)
+    cost = rows.weights * min(len(rows.size), TILES)
+    rounds = max(min(ROUNDS, WORK // cost), FEWEST)
     starts = min(int(rounds * STARTING) // QUICK_ROUNDS, STARTS)
     if starts:
         rows.deal(starts)
         rows.cool(QUICK_ROUNDS, HOT, WARM, STARTING)
-        rows.keep_best()
+        rows.keep_best(max(SIDE_BY_SIDE // cost, 1))
     rows.cool(rounds - starts * QUICK_ROUNDS, WARM if starts else HOT, COLD, 1.0)
+    rows.keep_best(1)
     return rows.order()
 
 
@@ -113,10 +116,11 @@ class _Rows:
         self.tile = np.stack([self.owner[self.problem.shuffled(self.owner.size)] for _ in range(count)])
         self.price = np.zeros((count, self.size.size), np.float32)
 
-    def keep_best(self) -> None:
-        """The annealing whose tiles keep most, alone."""
-        best = [int(self.worth().argmax())]
-        self.tile, self.price = self.tile[best], self.price[best]
+    def keep_best(self, count: int) -> None:
+        """At most so many annealings, those whose tiles keep most."""
+        if len(self.tile) > count:
+            best = (-self.worth()).argsort(kind="stable")[:count]
+            self.tile, self.price = self.tile[best], self.price[best]
 
     def order(self) -> Tensor:
         """That of the first annealing."""

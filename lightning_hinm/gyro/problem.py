@@ -31,6 +31,8 @@ GROUPS = 512
 PARALLEL = 1 << 18
 # What each later arrival puts a column off being drawn, beside noise of 1: twice in a row it could only go back.
 AGE = 1.0
+# Pruned columns that stand for election: as many as there are groups, so many, or a quarter as many if that is more.
+ELECTED = 32
 # How much of the most that a row would give beside the average a column costs.
 PRICED = 0.75
 # Groups of an assignment that is solved sooner than it is priced.
@@ -276,7 +278,7 @@ class Blocks:
 
     def elected(self, size: int, deals: int) -> int:
         """Pruned columns that stand for election in all assignments of a block."""
-        return min(-(-size // 4), self.points.shape[1] // deals) * deals
+        return min(max(-(-size // 4), min(size, ELECTED)), self.points.shape[1] // deals) * deals
 
     def assign(self, problem: Problem, draws: int | None, least: float, failed: int = 0) -> None:
         """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``."""
@@ -332,7 +334,7 @@ class Blocks:
         return self.points.flatten(0, 1).index_select(0, at).unflatten(0, column.shape)
 
     def candidates(self, problem: Problem, active: Array, size: int, deals: int) -> Array:
-        """Pruned columns for each assignment, a quarter as many as it has groups, large sums first: ``[A * D, C]``.
+        """Pruned columns for each assignment, mostly those with large sums: ``[A * D, C]``.
 
         One that is not free fills up where too few are.
         """
