@@ -194,7 +194,7 @@ def _search(
     if entries:
         generator.set_state(entries[0].generator)
     else:
-        with torch.inference_mode():  # small matrices are searched in four fifths of the time
+        with torch.inference_mode():  # a small matrix is searched by small operations, which cost less in it
             found = _search_groups(
                 saliencies, patterns, groups, method, generator, clock, output_order, within, progress
             )

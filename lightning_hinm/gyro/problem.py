@@ -32,7 +32,7 @@ PARALLEL = 1 << 18
 # What each later arrival puts a column off being drawn, beside noise of 1: twice in a row it could only go back.
 AGE = 1.0
 # Pruned columns that stand for election: as many as there are groups, so many, or a quarter as many if that is more.
-ELECTED = 32
+ELECTED = 8
 # How much of the most that a row would give beside the average a column costs.
 PRICED = 0.75
 # Groups of an assignment that is solved sooner than it is priced.

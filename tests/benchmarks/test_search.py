@@ -35,15 +35,21 @@ def test_the_search_benchmark_writes_every_part_and_draws_the_plot(
     monkeypatch.setattr(search, "GROWTH", [(128, 32)])
     monkeypatch.setattr(search, "random_layer", lambda *_: torch.rand(128, 32, generator=seeded()))
     rounds = search.exchange.ROUNDS
-    monkeypatch.setattr("sys.argv", ["search", "rows", "all", "large", "growth", "plot", "--out", str(tmp_path)])
+    layers = {"full": torch.rand(128, 32, generator=seeded()), "short": torch.rand(160, 32, generator=seeded())}
+    monkeypatch.setattr(search, "convs", lambda: layers)
+    parts = ["rows", "all", "convs", "large", "growth", "plot"]
+    monkeypatch.setattr("sys.argv", ["search", *parts, "--out", str(tmp_path)])
     search.main()
     written = json.loads((tmp_path / "search.json").read_text())
-    assert list(written) == ["rows", "all", "large", "growth", "plot"]
+    assert list(written) == parts
     assert all(part["facts"]["commit"] and part["rows"] for part in written.values())
     assert all(row["retained"] >= row["gyro"]["retained"] for row in written["all"]["rows"])
     assert all(row["moves_per_second"] > 0 for row in written["rows"]["rows"])
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
-    assert "worse than gyro on 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "worse than gyro on 0" in said
+    assert ["prototype" in row for row in written["convs"]["rows"]] == [True, True, True, False]  # V=64 has half a tile
+    assert "of 3; of its gain" in said
     assert rounds == search.exchange.ROUNDS
 
 
