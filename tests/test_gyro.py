@@ -1,5 +1,6 @@
 import itertools
 import os
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from lightning_hinm.gyro import SMALL, _sum_of_largest, gyro_permute, search, se
 from lightning_hinm.gyro.cache import fingerprint
 from lightning_hinm.gyro.exchange import (
     SHARE,
+    TURNS,
     _anneal_rows,
     _balance,
     _kept,
@@ -25,6 +27,7 @@ from lightning_hinm.gyro.exchange import (
 )
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
+    BARRED,
     Blocks,
     Clock,
     Problem,
@@ -216,6 +219,16 @@ def test_prices_do_not_change_what_an_assignment_is_worth(rows, extra, seed):
     assert worth[0] == pytest.approx(worth[1], abs=1e-9)
 
 
+@given(st.integers(1, 60), st.integers(0, 20), st.sampled_from([1.0, 1e-3, 1e-5]), st.integers(0, 999))
+def test_barred_columns_do_not_blur_the_prices_of_small_values(rows, extra, scale, seed):
+    values = torch.rand(1, rows, rows + extra, generator=seeded(seed)) * scale
+    values[:, :, rows:] = BARRED
+    numbers = values[0].double().numpy()
+    plain, priced = assign([numbers])[0], assign(list(_priced(values)))[0][:rows]
+    worth = [numbers[np.arange(rows), choice].sum() for choice in (plain, priced)]
+    assert worth[0] == pytest.approx(worth[1], rel=1e-5)
+
+
 @given(st.sampled_from(N_M), st.booleans(), st.integers(1, 3), st.integers(0, 99))
 def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, pruned, most, seed):
     n, m = n_m
@@ -223,13 +236,14 @@ def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, prun
     points = torch.rand(2, 4 * m, 3, generator=seeded(seed)) ** 3
     slots = torch.stack([torch.randperm(4 * m, generator=seeded(seed))[: 2 * m] for _ in range(2)]).unflatten(1, (2, m))
     free = torch.ones(2, 4 * m, dtype=torch.bool).scatter(1, slots.flatten(1), False)
-    blocks = Blocks(points, slots.numpy(), free.numpy() if pruned else None, most, aged=pruned)
+    blocks = Blocks(points, slots.numpy(), n, free.numpy() if pruned else None, most, aged=pruned)
 
     def worth() -> torch.Tensor:
         groups = points[torch.arange(2).view(2, 1, 1), torch.from_numpy(blocks.slots)]  # [2, G, m, V]
         return groups.topk(n, dim=2).values.sum(dim=(1, 2, 3))
 
     before = worth()
+    assert np.allclose(blocks.worth, before)
     for _ in range(3):
         gain = blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.5, n, m, None)), np.arange(2))
         assert torch.allclose(worth(), before + torch.from_numpy(gain).float(), atol=1e-5)
@@ -251,7 +265,7 @@ def test_no_column_is_chosen_twice_where_fewer_are_free_than_are_elected(count, 
     free.scatter_(1, order[:, 32 : 32 + count], True)
     points.scatter_add_(1, order[:, 32:, None].expand(-1, -1, 3), torch.full((2, 8, 3), 2.0))  # all would be chosen
     open_to = free.scatter(1, slots.flatten(1), True)
-    blocks = Blocks(points, slots.numpy(), free.numpy(), 8, aged=True)
+    blocks = Blocks(points, slots.numpy(), 2, free.numpy(), 8, aged=True)
     for _ in range(6):
         blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.5, window=None)), np.arange(2))
         held = torch.from_numpy(blocks.slots).flatten(1)
@@ -265,11 +279,10 @@ def test_mostly_the_vector_that_came_long_ago_is_drawn_but_by_the_paper_any(prun
     points = torch.rand(1, 900, 3, generator=seeded())
     slots = torch.randperm(900, generator=seeded())[:800].view(1, 200, 4)
     free = torch.ones(1, 900, dtype=torch.bool).scatter(1, slots.flatten(1), False) if pruned else None
-    blocks = Blocks(points, slots.numpy(), None if free is None else free.numpy(), 200, aged=aged)
+    blocks = Blocks(points, slots.numpy(), 2, None if free is None else free.numpy(), 200, aged=aged)
     blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.0, window=None)), np.array([0]))
-    left = torch.from_numpy(blocks.slots)[
-        0, :, :3
-    ]  # the others in the order in which they came, and what came now behind them
+    # The others in the order in which they came, and what came now behind them.
+    left = torch.from_numpy(blocks.slots)[0, :, :3]
     same = torch.cat((slots[0, :, :3] == left, torch.zeros(200, 1, dtype=torch.bool)), dim=1)
     drawn = same.int().argmin(dim=1)  # the first place where they differ
     assert torch.equal(slots[0][torch.arange(4) != drawn.unsqueeze(1)].view(200, 3), left)
@@ -285,13 +298,13 @@ def test_few_groups_may_fail_more_often_before_a_search_ends(groups, failed, exp
     points, slots = torch.rand(1, 4 * groups, 3), np.arange(4 * groups).reshape(1, groups, 4)
     draws = []
     monkeypatch.setattr(Blocks, "draw", lambda *_: draws.append(1) or np.zeros(1))
-    blocks = Blocks(points, slots, None, 64, aged=True)
+    blocks = Blocks(points, slots, 2, None, 64, aged=True)
     blocks.assign(problem(points[0].t(), HiNMPattern(3, 0.0)), None, 1e-6, failed)
     assert len(draws) == expected
 
 
-@pytest.mark.parametrize("vector_sparsity", [0.0, 0.5])
-def test_columns_are_elected_only_where_a_tile_prunes_some(vector_sparsity, monkeypatch):
+@pytest.mark.parametrize(("vector_sparsity", "inside"), [(0.0, False), (0.5, False), (0.5, True)])
+def test_columns_are_elected_only_where_some_may_be_chosen_that_are_not(vector_sparsity, inside, monkeypatch):
     shapes = []
     monkeypatch.setattr(
         "lightning_hinm.gyro.problem.joined_values",
@@ -300,17 +313,20 @@ def test_columns_are_elected_only_where_a_tile_prunes_some(vector_sparsity, monk
         ),
     )
     monkeypatch.setattr("lightning_hinm.gyro.SMALL", 0)  # the paper's loop elects none
-    search(structured(32, 48), HiNMPattern(32, vector_sparsity), method="exchange")
-    assert {columns > groups for groups, columns in shapes} == {vector_sparsity > 0}
+    saliency, pattern, order = structured(32, 48), HiNMPattern(32, vector_sparsity), torch.arange(32)
+    layout = HiNMLayout(pattern, order, choose_vectors(saliency, pattern, order))
+    within = hinm_mask(saliency, layout) if inside else None  # a mask that keeps no column more
+    search(saliency, pattern, output_order=order, within=within)
+    assert {columns > groups for groups, columns in shapes} == {vector_sparsity > 0 and not inside}
 
 
 @pytest.mark.parametrize(
     ("pattern", "fixed", "expected"),
     [
-        (HiNMPattern(4, 0.5), False, (6, 2.5e-5, 256)),
+        (HiNMPattern(4, 0.5), False, (6, 4e-5, 512)),
         (HiNMPattern(4, 0.0), False, (12, 1e-6, 2048)),  # no row prefers a tile
         (HiNMPattern(16, 0.5), False, (0, 1e-6, 2048)),  # one tile
-        (HiNMPattern(4, 0.5), True, (0, 2.5e-5, 256)),
+        (HiNMPattern(4, 0.5), True, (0, 4e-5, 512)),
     ],
 )
 def test_vectors_are_searched_longest_where_rows_might_move_and_are_not_annealed(pattern, fixed, expected, monkeypatch):
@@ -494,7 +510,9 @@ def test_no_round_is_begun_where_its_time_is_over_and_that_is_said(monkeypatch):
     monkeypatch.setattr("lightning_hinm.gyro.exchange._Rows.move", lambda *_: moves.append(1))
     passing = itertools.count(SHARE * 0.41, 1e-6)
     monkeypatch.setattr(Clock, "used", property(lambda _: next(passing)))
-    _Rows([work]).cool(10, 2.0, 0.5, 0.4)
+    rows = _Rows([work])
+    rows.deal(1)
+    rows.cool(10, 2.0, 0.5, 0.4)
     assert not moves
     assert work.clock.ended
 
@@ -750,6 +768,13 @@ def test_a_search_elsewhere_finds_the_same_and_sends_nothing_back_but_assignment
     less = {"exchange.ROUNDS": 5, "exchange.FEWEST": 2, "exchange.QUICK_ROUNDS": 1, "exchange.STARTS": 2}
     for name, count in {**less, "problem.RETRIES": 1, "paper.RETRIES": 1}.items():
         monkeypatch.setattr(f"lightning_hinm.gyro.{name}", count)  # all is done, but less often
+    made, init = [0], Blocks.__init__
+
+    def counting(blocks, *arguments, **options):
+        made[0] += 1
+        init(blocks, *arguments, **options)
+
+    monkeypatch.setattr(Blocks, "__init__", counting)
     saliency = structured(*shape)
     here = search(saliency, pattern, method=method, groups=groups, generator=seeded())
     with Elsewhere() as device:
@@ -758,18 +783,27 @@ def test_a_search_elsewhere_finds_the_same_and_sends_nothing_back_but_assignment
     assert torch.equal(away.layout.vector_index, here.layout.vector_index)
     assert (away.retained, away.gap_closed) == (here.retained, here.gap_closed)
     rows, tiles = shape[0] // groups, -(-shape[0] // groups // pattern.vector_size)
-    kept = pattern.kept(shape[1])
+    left, kept = Counter(device.left), pattern.kept(shape[1])
     layouts = {(), (shape[0],), (tiles * groups, kept), (rows,), (tiles, kept)}
-    sums = {(tiles * count, columns) for _, columns, count in pattern.equal_runs(shape[1])}
-    # What each is worth in each tile, and all in two annealings.
-    of_rows = {(rows, tiles), (1, rows, tiles), (2, rows, tiles), (2,)}
-    rest = set(device.left) - layouts - sums - of_rows
+    in_tiles = {(rows, tiles), (1, rows, tiles), (2, rows, tiles), (2,)}  # each row, and all in two annealings
+    in_groups, sums = set(), set()
+    for _, columns, count in pattern.equal_runs(shape[1]):
+        held = min(pattern.kept_of_run(columns), columns)
+        size = held // pattern.m
+        elected = min(max(-(-size // 4), min(size, 16)), columns) if method == "exchange" and held < columns else 0
+        blocks = range(1, tiles * count + 1)
+        in_groups |= {(active, size, size + elected) for active in blocks}
+        sums |= {size for some in blocks for size in ((some, columns), (some,))}
+    clusters = set()
     if method == "gyro":  # what clusters of rows are worth in full tiles, and how near they are
-        rest -= {(count * (rows // pattern.vector_size), rows // pattern.vector_size) for count in (1, 2, 4, 8)}
-    # What columns are worth in groups.
-    assert all(len(size) == 3 and size[1] <= size[2] <= shape[1] for size in rest)
-    assert (method == "identity") == (set(device.left) <= layouts)
-    assert (method == "exchange") == ((2, rows, tiles) in device.left)
+        full = rows // pattern.vector_size
+        clusters = {(count * full, full) for count in (1, 2, 4, 8)}
+    assert set(left) <= layouts | in_tiles | in_groups | sums | clusters
+    # Sums leave once for all draws of a turn, not for each; so do layouts.
+    assert sum(left[size] for size in sums - in_tiles) <= made[0] * 2
+    assert sum(left[size] for size in layouts - {()} - sums) <= groups * (4 * TURNS + 8)
+    assert (method == "identity") == (set(left) <= layouts)
+    assert (method == "exchange") == ((2, rows, tiles) in left)
 
 
 def test_a_mask_elsewhere_is_the_same_and_stays_there():
@@ -816,15 +850,23 @@ def test_narrow_types_keep_their_small_values():
 
 
 @pytest.mark.parametrize("method", ["identity", "gyro", "exchange"])
-@pytest.mark.parametrize("inference", [False, True])
-def test_a_layout_may_serve_a_training_and_who_is_told_works_as_ever(method, inference, monkeypatch):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_layout_may_serve_a_training_and_who_is_told_finds_the_mode_as_it_was(method, mode, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_HINM_LAYOUTS", str(tmp_path))
     monkeypatch.setattr("lightning_hinm.gyro.problem.SECONDS_BETWEEN_REPORTS", 0.0)
-    told = []
-    with torch.inference_mode(inference):
-        saliency = structured(32, 24)
-        layout = search(saliency, HiNMPattern(4), method=method, progress=lambda _: told.append(torch.ones(1))).layout
-    assert not any(part.is_inference() for part in (layout.output_order, layout.vector_index, *told))
-    assert bool(told) == (method != "identity")
+
+    def modes() -> tuple[bool, bool]:
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    with mode():
+        for again in (False, True):  # searched, and read from disk
+            told: list[tuple[bool, bool]] = []
+            layout = search(
+                structured(32, 24), HiNMPattern(4), method=method, progress=lambda _, told=told: told.append(modes())
+            ).layout
+            assert not layout.output_order.is_inference()
+            assert not layout.vector_index.is_inference()
+            assert set(told) == ({modes()} if method != "identity" and not again else set())
 
 
 def test_a_weight_that_requires_a_gradient_is_searched_without_one():

@@ -108,7 +108,7 @@ def bytes_assigned() -> Iterator[list[int]]:
         count(problem, "joined_values", lambda result, *_: result.nbytes)
         count(exchange, "row_values", lambda result, *_: result.nbytes)
         count(exchange, "_balance", lambda _, values, *__: values.nbytes)
-        count(problem.Blocks, "__init__", lambda _, blocks, *__: blocks.sums.nbytes)
+        count(problem.Blocks, "__init__", lambda _, blocks, *__: blocks.sums.nbytes + blocks.worth.nbytes)
         yield found
 
 

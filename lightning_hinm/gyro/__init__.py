@@ -183,27 +183,34 @@ def _search(
     for saliency in saliencies:
         check_saliency(saliency)
     saliencies = [saliency.detach().to(saliencies[0].device) for saliency in saliencies]
-    clock = Clock(time_budget)
+    clock, inference, gradients = Clock(time_budget), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def tell(so_far: Progress) -> None:
+        if progress is not None:
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # as the caller has it
+                progress(so_far)
+
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     key = None
     if method != "identity" and not clock.expired():
         tensors = {"generator": generator.get_state(), "order": output_order, "within": within}
         tensors |= {f"saliency {i}": saliency for i, saliency in enumerate(saliencies)}
         key = cache.key_of(patterns, method, groups, tensors)
-    entries = [] if key is None else _read_entries(key, saliencies, patterns, groups)
+    with torch.inference_mode(False):  # a layout may serve a training
+        entries = [] if key is None else _read_entries(key, saliencies, patterns, groups)
     if entries:
         generator.set_state(entries[0].generator)
     else:
         with torch.inference_mode():  # a small matrix is searched by small operations, which cost less in it
             found = _search_groups(
-                saliencies, patterns, groups, method, generator, clock, output_order, within, progress
+                saliencies, patterns, groups, method, generator, clock, output_order, within, progress and tell
             )
             gaps = [
                 _Gap(saliency, each.layout.pattern, each.identity).closed(each.retained)
                 for saliency, each in zip(saliencies, found, strict=True)
             ]
         for each, gap in zip(found, gaps, strict=True):
-            with torch.inference_mode(False):  # a layout may serve a training
+            with torch.inference_mode(False):
                 order, index = (part.cpu().clone() for part in (each.layout.output_order, each.layout.vector_index))
             layout = HiNMLayout(each.layout.pattern, order, index, each.retained)
             entries.append(cache.Entry(layout, each.retained, gap, generator.get_state()))
@@ -352,8 +359,7 @@ def _reporter(
         layouts = [HiNMLayout(pair[1], order, index) for pair, index in zip(pairs, indices, strict=True)]
         values = _retained_by(pairs, layouts)
         closed = [gap.closed(value) for gap, value in zip(gaps, values, strict=True)]
-        with torch.inference_mode(False):  # not the caller's
-            progress(Progress(clock.seconds, fmean(values), fmean(closed)))
+        progress(Progress(clock.seconds, fmean(values), fmean(closed)))
 
     return report
 

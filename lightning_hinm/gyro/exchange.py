@@ -6,7 +6,7 @@ Shapes: as in ``problem``.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from lightning_hinm.pattern import HiNMPattern
 
 # Annealing: all rounds; the share of them that is for short annealings, how many of these at most, and their rounds.
 ROUNDS, STARTING, STARTS, QUICK_ROUNDS = 250, 0.4, 5, 20
-# The noise of the first round, that with which the best is annealed further, and that of the last noisy round, in
+# The noise of the first round, that with which the best are annealed further, and that of the last noisy round, in
 # standard deviations of what a row is worth in a tile; the rounds that are noisy.
 HOT, WARM, COLD, NOISY = 2.0, 0.5, 0.1, 0.8
 # Multiply-adds that all rounds may cost together: fewer rounds for a larger matrix, but never fewer than this; and that
@@ -34,9 +34,9 @@ PRICE_RATE = 0.15
 ROWS = 256
 # After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little and
 # so many draws of a single group have failed in a row: few groups are soon drawn often.
-TURNS, DRAWS, LEAST, FAILED = 6, 8, 2.5e-5, 256
+TURNS, DRAWS, LEAST, FAILED = 6, 8, 4e-5, 512
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
-QUICK, QUICK_LEAST = 96, 1.2e-4
+QUICK, QUICK_LEAST = 96, 1.6e-4
 # Turns, groups of an assignment, least gain and failures where rows might move and are not annealed: all that there is
 # to gain is in these.
 ALONE = 12, GROUPS, 1e-6, 2048
@@ -83,8 +83,8 @@ def _anneal_rows(problems: Sequence[Problem]) -> Tensor:
     cost = rows.weights * min(len(rows.size), TILES)
     rounds = max(min(ROUNDS, WORK // cost), FEWEST)
     starts = min(int(rounds * STARTING) // QUICK_ROUNDS, STARTS)
+    rows.deal(max(starts, 1))
     if starts:
-        rows.deal(starts)
         rows.cool(QUICK_ROUNDS, HOT, WARM, STARTING)
         rows.keep_best(max(SIDE_BY_SIDE // cost, 1))
     rows.cool(rounds - starts * QUICK_ROUNDS, WARM if starts else HOT, COLD, 1.0)
@@ -109,7 +109,6 @@ class _Rows:
         self.weights = sum(saliency.numel() for saliency in self.saliencies)
         self.owner = np.arange(len(problems[0].saliency)) // problems[0].pattern.vector_size  # of each place
         self.size = np.bincount(self.owner)  # the last may be short
-        self.deal(1)
 
     def deal(self, count: int) -> None:
         """So many annealings, each with the rows in tiles at random."""
@@ -128,10 +127,12 @@ class _Rows:
 
     def worth(self) -> Array:
         """What all tiles keep, ``[K]``."""
-        kept = np.zeros(len(self.tile))
-        for saliency, runs in zip(self.saliencies, self.runs, strict=True):
-            sums = _sums(saliency, self.tile, self.size.size)
-            kept += (sums * _kept(sums, runs)).unflatten(0, self.price.shape).sum(dim=(1, 2)).cpu().numpy()
+        kept, count = np.zeros(len(self.tile)), self.size.size
+        # Of many tiles, one annealing at a time: the sums are as large as tiny tiles are many.
+        parts = np.split(np.arange(len(kept)), 1 if count <= TILES else len(kept))
+        for (saliency, runs), part in product(zip(self.saliencies, self.runs, strict=True), parts):
+            sums = _sums(saliency, self.tile[part], count)
+            kept[part] += (sums * _kept(sums, runs)).unflatten(0, (-1, count)).sum(dim=(1, 2)).cpu().numpy()
         return kept
 
     def cool(self, rounds: int, first: float, last: float, share: float) -> None:

@@ -32,7 +32,7 @@ PARALLEL = 1 << 18
 # What each later arrival puts a column off being drawn, beside noise of 1: twice in a row it could only go back.
 AGE = 1.0
 # Pruned columns that stand for election: as many as there are groups, so many, or a quarter as many if that is more.
-ELECTED = 8
+ELECTED = 16
 # How much of the most that a row would give beside the average a column costs.
 PRICED = 0.75
 # Groups of an assignment that is solved sooner than it is priced.
@@ -194,7 +194,7 @@ def assign_vectors(
         index: int64 ``[T, P]``.
         pruned: some of the columns that a tile prunes stand for election too: the exchange method's own addition.
         draws: at most so many; None for as many as it takes until ``RETRIES`` in a row are no gain.
-        least: what counts as a gain, as a fraction of what the tile retains.
+        least: what counts as a gain, as a fraction of what the tile retains at first.
         most: groups that one assignment takes: the cost of a draw grows with its square, the gain far less.
         failed: draws of a single group that may fail in a row, if these are more: few groups are soon drawn often.
 
@@ -233,7 +233,8 @@ def assign_vectors(
                 free = _blocks(problem.within[:, begin:end], part, v, columns).any(dim=1).cpu().numpy()
             free[np.arange(len(points))[:, None], local] = False
             members = local[:, : groups * m].reshape(-1, groups, m)
-            blocks = Blocks(points, members, free if elect else None, most, aged=pruned)
+            elected = free if elect and free.any() else None
+            blocks = Blocks(points, members, pattern.n, elected, most, aged=pruned)
             blocks.assign(problem, draws, least, failed)
             own[:, :, : groups * m] = blocks.slots.reshape(*own.shape[:2], -1) + offset
             if problem.due:
@@ -255,15 +256,17 @@ class Blocks:
     Args:
         points: ``[B, W, V]``, the columns.
         slots: int64 ``[B, G, m]``, the columns that each group holds.
+        n: kept of the ``m``.
         free: bool ``[B, W]``, pruned columns that may be chosen; None if none may.
         most: groups that one assignment takes.
         aged: vectors are drawn by age.
     """
 
-    def __init__(self, points: Tensor, slots: Array, free: Array | None, most: int, *, aged: bool) -> None:
-        self.points, self.slots, self.free, self.most = points, slots.copy(), free, most
+    def __init__(self, points: Tensor, slots: Array, n: int, free: Array | None, most: int, *, aged: bool) -> None:
+        self.points, self.slots, self.n, self.free, self.most = points, slots.copy(), n, free, most
         self.sums = points.sum(dim=2).cpu().numpy()  # [B, W]
-        self.kept = self.sums[np.arange(len(slots))[:, None, None], slots].sum(axis=(1, 2))  # [B], at first
+        members = self.columns(np.arange(len(slots))[:, None], slots.transpose(2, 0, 1))  # [m, B, G, V]
+        self.worth = top_sum(list(members), n).sum(dim=(1, 2)).cpu().numpy()  # [B], at first
         self.spread = self.sums.std(dtype=np.float64).astype(self.sums.dtype)
         # A group holds its columns in the order in which they came: mostly the one that came long ago is drawn.
         self.age = np.arange(slots.shape[2], dtype=np.float32) * (AGE if aged else 0)
@@ -289,7 +292,7 @@ class Blocks:
             if not active.size or problem.clock.expired():
                 return
             gain = self.draw(problem, active)
-            failures[active] = np.where(gain > least * self.kept[active], 0, failures[active] + 1)
+            failures[active] = np.where(gain > least * self.worth[active], 0, failures[active] + 1)
             draws = None if draws is None else draws - 1
 
     def draw(self, problem: Problem, active: Array) -> Array:
@@ -311,7 +314,7 @@ class Blocks:
         block = active.repeat(deals)[:, None]
         others = self.columns(block, rest.transpose(2, 0, 1)).unbind()
         sums = torch.from_numpy(self.sums[block, candidates]).to(self.points.device)
-        values = joined_values(others, self.columns(block, candidates), sums, problem.pattern.n).cpu()
+        values = joined_values(others, self.columns(block, candidates), sums, self.n).cpu()
         if self.scarce and self.free is not None:
             values[:, :, size:].masked_fill_(~torch.from_numpy(self.free[block, extra]).unsqueeze(1), BARRED)
         worth = values.numpy()  # [A * D, S, S + C]
@@ -355,7 +358,8 @@ def _priced(values: Tensor) -> Array:
     are left over.
     """
     blocks, rows, columns = values.shape
-    values = values - values.mean(dim=2, keepdim=True)  # what a row is worth everywhere decides nothing
+    # What a row is worth everywhere decides nothing; columns that are barred are none of the first.
+    values = values - values[:, :, :rows].mean(dim=2, keepdim=True)
     price = values.mean(dim=1, keepdim=True).lerp_(values.amax(dim=1, keepdim=True), PRICED)
     if columns > rows:
         price = (price - price.kthvalue(columns - rows + 1, dim=2, keepdim=True).values).clamp_(min=0)
