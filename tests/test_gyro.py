@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from benchmarks.optimum import best_retained, groupings
-from lightning_hinm.gyro import SMALL, _sum_of_largest, gyro_permute, search, search_shared
+from lightning_hinm.gyro import SMALL, gyro_permute, search, search_shared
 from lightning_hinm.gyro.cache import fingerprint
 from lightning_hinm.gyro.exchange import (
     SHARE,
@@ -25,6 +25,7 @@ from lightning_hinm.gyro.exchange import (
     _Rows,
     _sums,
 )
+from lightning_hinm.gyro.gap import sum_of_largest
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
     BARRED,
@@ -1267,7 +1268,7 @@ def test_the_sum_of_the_largest_is_that_of_a_sort(saliency, dtype, data):
     saliency = saliency.to(dtype).clamp(max=6e4) * (-1 if not saliency.any() else 1)  # -0, too
     k = data.draw(st.integers(1, saliency.numel()))
     exact = saliency.double().flatten().sort(descending=True).values[:k].sum().item()
-    assert _sum_of_largest(saliency, k) == pytest.approx(exact, rel=1e-14)
+    assert sum_of_largest(saliency, k) == pytest.approx(exact, rel=1e-14)
 
 
 def test_the_gap_closed_is_nought_at_identity_and_one_at_the_unstructured_mask():

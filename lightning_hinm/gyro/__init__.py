@@ -11,11 +11,11 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hinm.gyro import cache
 from lightning_hinm.gyro.exchange import gyro_exchange
+from lightning_hinm.gyro.gap import Gap
 from lightning_hinm.gyro.paper import gyro_paper
 from lightning_hinm.gyro.problem import Clock, Problem
 from lightning_hinm.layout import HiNMLayout
@@ -206,7 +206,7 @@ def _search(
                 saliencies, patterns, groups, method, generator, clock, output_order, within, progress and tell
             )
             gaps = [
-                _Gap(saliency, each.layout.pattern, each.identity).closed(each.retained)
+                Gap(saliency, each.layout.pattern, each.identity).closed(each.retained)
                 for saliency, each in zip(saliencies, found, strict=True)
             ]
         for each, gap in zip(found, gaps, strict=True):
@@ -350,11 +350,11 @@ def _reporter(
     pairs: Sequence[tuple[Tensor, HiNMPattern]], clock: Clock, progress: Callable[[Progress], None]
 ) -> Callable[[Tensor, Tensor], None]:
     """Tells ``progress`` what a layout retains; of several matrices, what they would with the largest sums."""
-    gaps: list[_Gap] = []  # one each, made for the first report
+    gaps: list[Gap] = []  # one each, made for the first report
 
     def report(order: Tensor, index: Tensor) -> None:
         if not gaps:
-            gaps.extend(_Gap(saliency, pattern) for saliency, pattern in pairs)
+            gaps.extend(Gap(saliency, pattern) for saliency, pattern in pairs)
         indices = [choose_vectors(*pair, order) for pair in pairs] if len(pairs) > 1 else [index]
         layouts = [HiNMLayout(pair[1], order, index) for pair, index in zip(pairs, indices, strict=True)]
         values = _retained_by(pairs, layouts)
@@ -368,42 +368,6 @@ def _retained_by(pairs: Sequence[tuple[Tensor, HiNMPattern]], layouts: Sequence[
     return [
         retained(saliency, hinm_mask(saliency, layout)) for (saliency, _), layout in zip(pairs, layouts, strict=True)
     ]
-
-
-class _Gap:
-    """Between identity and an unstructured mask that keeps as many."""
-
-    def __init__(self, saliency: Tensor, pattern: HiNMPattern, low: float | None = None) -> None:
-        if low is None:
-            order = torch.arange(saliency.shape[0], device=saliency.device)
-            mask = hinm_mask(saliency, HiNMLayout(pattern, order, choose_vectors(saliency, pattern, order)))
-            low = retained(saliency, mask)
-        kept, (rows, in_features) = 0, saliency.shape
-        for first, last in pattern.runs(in_features):
-            slots = pattern.kept_of_run(last - first)
-            virtual = max(slots - (last - first), 0)  # all in the last group
-            kept += rows * (slots // pattern.m * pattern.n - max(pattern.n - (pattern.m - virtual), 0))
-        total = saliency.sum(dtype=torch.float64).item()
-        self.low, self.high = low, _sum_of_largest(saliency, kept) / total if total else 1.0
-
-    def closed(self, value: float) -> float:
-        """0 at identity, 1 where nothing better is possible; 1 too where identity is best."""
-        return (value - self.low) / (self.high - self.low) if self.high > self.low else 1.0
-
-
-def _sum_of_largest(saliency: Tensor, k: int) -> float:
-    """Of the ``k`` largest of ``[O, I]``, in float64.
-
-    The upper 16 bits of a number order it: counted, they leave few for ``topk`` to choose among.
-    """
-    values = saliency.flatten().abs()  # no -0
-    size = values.element_size()
-    upper = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]) >> (8 * size - 16)
-    above = values.numel() - torch.bincount(upper, minlength=1 << 15).cumsum(0)  # numbers whose upper bits are larger
-    last = int((above >= k).sum())
-    among = values[upper == last]
-    chosen = among.topk(k - int(above[last]), sorted=False).values.sum(dtype=torch.float64)
-    return float(chosen + F.threshold(values, float(among.max()), 0.0).sum(dtype=torch.float64))
 
 
 def _ascending_groups(index: Tensor, pattern: HiNMPattern) -> Tensor:
