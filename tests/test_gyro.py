@@ -369,11 +369,11 @@ def test_every_tile_takes_as_many_rows_as_it_has_places(tiles, v, seed):
 
 
 def test_a_crowded_tile_keeps_the_rows_that_want_it_most_and_grows_dearer():
-    values = np.array([[[5, 0, 0], [9, 0, 3], [4, 3, 0], [1, 0, 0], [0, 8, 0], [0, 0, 2]]], np.float32)
+    values = np.array([[[5, 0, 0], [9, 0, 3], [4, 0, 3], [1, 0, 0], [0, 8, 0], [0, 0, 2]]], np.float32)
     price = np.zeros((1, 3), np.float32)
     tile = _balance(values, np.array([2, 2, 2]), price, 1.0)
-    # Four rows want the first: of those that must go, the one that likes the second goes there.
-    assert tile.tolist() == [[0, 0, 1, 2, 1, 2]]
+    # Four rows want the first: of those that must go, the one that likes the third goes there.
+    assert tile.tolist() == [[0, 0, 2, 1, 1, 2]]
     assert price.tolist() == [[1, -0.5, -0.5]]
     many = _balance(values[:, :1].repeat(30, axis=1), np.array([10, 10, 10]), price, 1.0)
     assert np.bincount(many[0]).tolist() == [10, 10, 10]
@@ -494,8 +494,14 @@ def test_annealings_side_by_side_find_what_each_finds_alone():
         assert (rows.price[0] == 0).tolist() == (together[1][i] == 0).tolist()  # by a rate that is a mean of all
 
 
-def test_rows_are_worth_what_their_tiles_keep_of_the_stand_in():
-    saliency, pattern = structured(32, 24), HiNMPattern(4, 0.75)
+@pytest.mark.parametrize(("most", "parts"), [(64, [2]), (7, [1, 1])])
+def test_rows_are_worth_what_their_tiles_keep_of_the_stand_in(most, parts, monkeypatch):
+    saliency, pattern, sizes = structured(32, 24), HiNMPattern(4, 0.75), []
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.TILES", most)
+    monkeypatch.setattr(
+        "lightning_hinm.gyro.exchange._sums",
+        lambda part, tile, count: sizes.append(len(tile)) or _sums(part, tile, count),
+    )
     rows = _Rows([problem(saliency, pattern)])
     rows.deal(2)
     likely = _likely(saliency, pattern)
@@ -504,6 +510,7 @@ def test_rows_are_worth_what_their_tiles_keep_of_the_stand_in():
         float(sum(likely[own == tile].sum(dim=0).topk(kept).values.sum() for tile in range(8))) for own in rows.tile
     ]
     assert rows.worth().tolist() == pytest.approx(expected)
+    assert sizes == parts  # the sums of many tiles are made one annealing at a time
 
 
 def test_no_round_is_begun_where_its_time_is_over_and_that_is_said(monkeypatch):

@@ -111,7 +111,7 @@ class _Rows:
         self.size = np.bincount(self.owner)  # the last may be short
 
     def deal(self, count: int) -> None:
-        """So many annealings, each with the rows in tiles at random."""
+        """Begins so many annealings, each with the rows in tiles at random."""
         self.tile = np.stack([self.owner[self.problem.shuffled(self.owner.size)] for _ in range(count)])
         self.price = np.zeros((count, self.size.size), np.float32)
 
@@ -128,7 +128,7 @@ class _Rows:
     def worth(self) -> Array:
         """What all tiles keep, ``[K]``."""
         kept, count = np.zeros(len(self.tile)), self.size.size
-        # Of many tiles, one annealing at a time: the sums are as large as tiny tiles are many.
+        # The sums of many tiny tiles are as large as the matrix: those of one annealing at a time, then.
         parts = np.split(np.arange(len(kept)), 1 if count <= TILES else len(kept))
         for (saliency, runs), part in product(zip(self.saliencies, self.runs, strict=True), parts):
             sums = _sums(saliency, self.tile[part], count)

@@ -108,6 +108,7 @@ class Problem:
         return torch.randn(shape, generator=self.generator).numpy()
 
     def shuffled(self, count: int) -> Array:
+        """The numbers below ``count`` in random order: int64 ``[count]``, drawn as noise is."""
         return torch.randperm(count, generator=self.generator).numpy()
 
 
@@ -266,7 +267,7 @@ class Blocks:
         self.points, self.slots, self.n, self.free, self.most = points, slots.copy(), n, free, most
         self.sums = points.sum(dim=2).cpu().numpy()  # [B, W]
         members = self.columns(np.arange(len(slots))[:, None], slots.transpose(2, 0, 1))  # [m, B, G, V]
-        self.worth = top_sum(list(members), n).sum(dim=(1, 2)).cpu().numpy()  # [B], at first
+        self.worth = top_sum(list(members), n).sum(dim=(1, 2)).cpu().numpy()  # [B], what the groups retain at first
         self.spread = self.sums.std(dtype=np.float64).astype(self.sums.dtype)
         # A group holds its columns in the order in which they came: mostly the one that came long ago is drawn.
         self.age = np.arange(slots.shape[2], dtype=np.float32) * (AGE if aged else 0)
