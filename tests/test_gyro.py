@@ -429,28 +429,29 @@ def test_large_kinds_of_rows_come_together_as_suits_them_best():
     assert hits == 6
 
 
-@pytest.mark.parametrize("side_by_side", [3 * 8 * 16 * 4 - 1, 0])  # work for two, and not even for one
-def test_the_best_of_several_short_annealings_are_annealed_further(side_by_side, monkeypatch):
-    work, started = problem(torch.rand(8, 16, generator=seeded()), HiNMPattern(2)), []
+# A round costs 2048: there is work for two at a time, for any number of them, and not even for one.
+@pytest.mark.parametrize(("side_by_side", "starts", "kept"), [(3 * 2048 - 1, 10, 2), (1 << 20, 16, 4), (0, 5, 1)])
+def test_the_best_of_several_short_annealings_are_annealed_further(side_by_side, starts, kept, monkeypatch):
+    work, started = problem(torch.rand(16, 16, generator=seeded()), HiNMPattern(2)), []
     monkeypatch.setattr("lightning_hinm.gyro.exchange.SIDE_BY_SIDE", side_by_side)
-    kept = [1, 3] if side_by_side else [1]
 
     def cool(rows, *options):
         started.append((options, rows.tile, rows.price))
         rows.price = rows.price + np.arange(len(rows.price))[:, None]
 
     monkeypatch.setattr("lightning_hinm.gyro.exchange._Rows.cool", cool)
-    worths = iter([np.array([1.0, 3.0, 2.0, 3.0, 0.0]), np.array([0.0, 2.0])])
+    worths = iter([np.arange(starts) % 7 * 1.0, np.arange(kept)])  # the best of the short ones, then of the long ones
     monkeypatch.setattr("lightning_hinm.gyro.exchange._Rows.worth", lambda _: next(worths))
     order = _anneal_rows([work])
     (short, tiles, prices), (long, best, price) = started
     assert short == (20, 2.0, 0.5, 0.4)
-    assert len({tile.tobytes() for tile in tiles}) == 5
-    assert prices.shape == (5, 4)
+    assert len({tile.tobytes() for tile in tiles}) == starts
+    assert prices.shape == (starts, 8)
     assert not prices.any()
     assert long == (150, 0.5, 0.1, 1.0)
-    assert np.array_equal(best, tiles[kept])
-    assert price.tolist() == [[number] * 4 for number in kept]
+    first = sorted(range(starts), key=lambda i: (-(i % 7), i))[:kept]
+    assert np.array_equal(best, tiles[first])
+    assert price.tolist() == [[number] * 8 for number in first]
     assert torch.equal(order, torch.from_numpy(best[-1]).argsort(stable=True))
 
 

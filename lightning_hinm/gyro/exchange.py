@@ -17,13 +17,14 @@ from lightning_hinm.gyro.problem import GROUPS, Array, Problem, assign, assign_v
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.pattern import HiNMPattern
 
-# Annealing: all rounds; the share of them that is for short annealings, how many of these at most, and their rounds.
-ROUNDS, STARTING, STARTS, QUICK_ROUNDS = 250, 0.4, 5, 20
+# Annealing: all rounds; the share of them that is for short annealings, their rounds, how many there are at most, and
+# how many of these are annealed further at most.
+ROUNDS, STARTING, QUICK_ROUNDS, STARTS, FINISHED = 250, 0.4, 20, 16, 4
 # The noise of the first round, that with which the best are annealed further, and that of the last noisy round, in
 # standard deviations of what a row is worth in a tile; the rounds that are noisy.
 HOT, WARM, COLD, NOISY = 2.0, 0.5, 0.1, 0.8
 # Multiply-adds that all rounds may cost together: fewer rounds for a larger matrix, but never fewer than this; and that
-# a round may cost in all annealings that go on to the end: of a small matrix, several take little longer than one.
+# a round may cost in all annealings that go on side by side: of a small matrix, several take little longer than one.
 WORK, FEWEST, SIDE_BY_SIDE = 1 << 38, 24, 1 << 20
 # Tiles among which a round moves rows: larger matrices are dealt out anew in every round, so that a round's cost grows
 # like the matrix.
@@ -81,13 +82,13 @@ def _anneal_rows(problems: Sequence[Problem]) -> Tensor:
     """
     rows = _Rows(problems)
     cost = rows.weights * min(len(rows.size), TILES)
-    rounds = max(min(ROUNDS, WORK // cost), FEWEST)
-    starts = min(int(rounds * STARTING) // QUICK_ROUNDS, STARTS)
-    rows.deal(max(starts, 1))
-    if starts:
+    rounds, side_by_side = max(min(ROUNDS, WORK // cost), FEWEST), max(SIDE_BY_SIDE // cost, 1)
+    turns = int(rounds * STARTING) // QUICK_ROUNDS  # of short annealings, as many side by side
+    rows.deal(max(min(turns * side_by_side, STARTS), 1))
+    if turns:
         rows.cool(QUICK_ROUNDS, HOT, WARM, STARTING)
-        rows.keep_best(max(SIDE_BY_SIDE // cost, 1))
-    rows.cool(rounds - starts * QUICK_ROUNDS, WARM if starts else HOT, COLD, 1.0)
+        rows.keep_best(min(side_by_side, FINISHED))
+    rows.cool(rounds - turns * QUICK_ROUNDS, WARM if turns else HOT, COLD, 1.0)
     rows.keep_best(1)
     return rows.order()
 
