@@ -101,7 +101,7 @@ class Moves:
         with ExitStack() as undo:
             wrap(exchange, "_balance", lambda values, *_: values.shape[0] * values.shape[1])
             wrap(exchange, "_move_rows", lambda _, order, *__: order.numel())
-            wrap(problem.Blocks, "draw", lambda blocks, _, active: active.size * blocks.slots.shape[1])
+            wrap(problem.Blocks, "draw", lambda blocks, _, active, tries: active.size * tries * blocks.slots.shape[1])
             yield
 
 

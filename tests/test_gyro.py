@@ -29,6 +29,7 @@ from lightning_hinm.gyro.gap import sum_of_largest
 from lightning_hinm.gyro.paper import _balanced_clusters, _vector_values
 from lightning_hinm.gyro.problem import (
     BARRED,
+    TRIED,
     Blocks,
     Clock,
     Problem,
@@ -230,8 +231,8 @@ def test_barred_columns_do_not_blur_the_prices_of_small_values(rows, extra, scal
     assert worth[0] == pytest.approx(worth[1], rel=1e-5)
 
 
-@given(st.sampled_from(N_M), st.booleans(), st.integers(1, 3), st.integers(0, 99))
-def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, pruned, most, seed):
+@given(st.sampled_from(N_M), st.booleans(), st.integers(1, 3), st.integers(1, 5), st.integers(0, 99))
+def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, pruned, most, tries, seed):
     n, m = n_m
     assume(n < m)  # else groups are not searched
     points = torch.rand(2, 4 * m, 3, generator=seeded(seed)) ** 3
@@ -246,7 +247,7 @@ def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, prun
     before = worth()
     assert np.allclose(blocks.worth, before)
     for _ in range(3):
-        gain = blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.5, n, m, None)), np.arange(2))
+        gain = blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.5, n, m, None)), np.arange(2), tries)
         assert torch.allclose(worth(), before + torch.from_numpy(gain).float(), atol=1e-5)
         assert (gain >= 0).all()
         before = worth()
@@ -256,6 +257,37 @@ def test_a_draw_gains_exactly_what_it_says_and_keeps_every_column_once(n_m, prun
         assert torch.equal(free, torch.ones_like(free).scatter(1, held, False))
     else:
         assert torch.equal(held, slots.flatten(1).sort(dim=1).values)
+
+
+@pytest.mark.parametrize("most", [8, 3])  # one assignment, or several
+def test_of_draws_that_are_tried_at_once_the_best_of_each_block_counts(most, monkeypatch):
+    points = torch.rand(2, 40, 3, generator=seeded()) ** 3
+    slots = np.stack([torch.randperm(40, generator=seeded(block))[:32].view(8, 4).numpy() for block in range(2)])
+    free = np.ones((2, 40), bool)
+    free[np.arange(2)[:, None], slots.reshape(2, -1)] = False
+
+    def deal(self, *shape):  # what is drawn for one block must not depend on how many are
+        return np.stack([torch.randn(shape[1:], generator=seeded(len(skipped) + i)).numpy() for i in range(shape[0])])
+
+    def draw(active, tries):
+        blocks = Blocks(points, slots, 2, free.copy(), most, aged=True)
+        return blocks, blocks.draw(problem(points[0].t(), HiNMPattern(3, 0.5, window=None)), active, tries)
+
+    skipped = []
+    monkeypatch.setattr(Problem, "noise", deal)
+    together, gain = draw(np.arange(2), 3)
+    for block in range(2):
+        alone = []
+        for i in range(3):
+            skipped[:] = [0] * (3 * block + i)
+            alone.append(draw(np.array([block]), 1))
+        skipped.clear()
+        gains = [float(each[0]) for _, each in alone]
+        best = gains.index(max(gains))
+        assert len(set(gains)) == 3
+        assert gain[block] == pytest.approx(gains[best])
+        assert np.array_equal(together.slots[block], alone[best][0].slots[block])
+        assert np.array_equal(together.free[block], alone[best][0].free[block])
 
 
 @given(st.integers(0, 4), st.integers(0, 99))
@@ -294,14 +326,38 @@ def test_mostly_the_vector_that_came_long_ago_is_drawn_but_by_the_paper_any(prun
         assert min(counts) > 35
 
 
-@pytest.mark.parametrize(("groups", "failed", "expected"), [(2, 256, 128), (64, 256, 4), (2, 0, 4)])
-def test_few_groups_may_fail_more_often_before_a_search_ends(groups, failed, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("groups", "aged", "failed", "expected"),
+    [
+        (2, True, 256, [1, 64, 64]),  # 128 may fail
+        (64, True, 256, [1, 2, 2]),  # 4
+        (2, True, 0, [1, 64]),  # 4
+        (2, False, 0, [1, 1, 1, 1]),  # the paper's loop tries none at once
+        (130, True, 256, [1, 1, 1, 1]),
+    ],
+)
+def test_few_groups_may_fail_more_often_before_a_search_ends_and_are_tried_many_times_at_once(
+    groups, aged, failed, expected, monkeypatch
+):
     points, slots = torch.rand(1, 4 * groups, 3), np.arange(4 * groups).reshape(1, groups, 4)
-    draws = []
-    monkeypatch.setattr(Blocks, "draw", lambda *_: draws.append(1) or np.zeros(1))
-    blocks = Blocks(points, slots, 2, None, 64, aged=True)
+    tried = []
+    monkeypatch.setattr(Blocks, "draw", lambda blocks, problem, active, tries: tried.append(tries) or np.zeros(1))
+    blocks = Blocks(points, slots, 2, None, 512, aged=aged)
     blocks.assign(problem(points[0].t(), HiNMPattern(3, 0.0)), None, 1e-6, failed)
-    assert len(draws) == expected
+    assert tried == expected
+
+
+def test_draws_are_tried_one_by_one_while_they_gain_much(monkeypatch):
+    points, slots = torch.rand(2, 8, 3), np.arange(8).reshape(1, 2, 4).repeat(2, axis=0)
+    blocks, tried = Blocks(points, slots, 2, None, 8, aged=True), []
+    gains = iter([0.1, 0.0011, 0.0009, 0.1, 0.0])  # of what both blocks retain
+    monkeypatch.setattr(
+        Blocks,
+        "draw",
+        lambda blocks, *options: tried.append(options[2]) or blocks.worth.sum() * np.array([next(gains), 0]),
+    )
+    blocks.assign(problem(points[0].t(), HiNMPattern(3, 0.0)), 5, 1e-6, 512)
+    assert tried == [1, 1, 1, 32, 32]
 
 
 @pytest.mark.parametrize(("vector_sparsity", "inside"), [(0.0, False), (0.5, False), (0.5, True)])
@@ -368,6 +424,16 @@ def test_every_tile_takes_as_many_rows_as_it_has_places(tiles, v, seed):
         assert np.array_equal(alone[i][0], price[i])
 
 
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 999))
+def test_two_tiles_take_the_rows_that_are_worth_most_in_them(first, second, seed):
+    values = torch.rand(2, first + second, 2, generator=seeded(seed)).numpy()
+    tile = _balance(values, np.array([first, second]), np.zeros((2, 2), np.float32), 0.2)
+    owner = np.repeat([0, 1], [first, second])
+    for of_problem, found in zip(values, tile, strict=True):
+        best = of_problem[:, owner][np.arange(first + second), assign([of_problem[:, owner]])[0]].sum()
+        assert of_problem[np.arange(first + second), found].sum() == pytest.approx(best, rel=1e-6)
+
+
 def test_a_crowded_tile_keeps_the_rows_that_want_it_most_and_grows_dearer():
     values = np.array([[[5, 0, 0], [9, 0, 3], [4, 0, 3], [1, 0, 0], [0, 8, 0], [0, 0, 2]]], np.float32)
     price = np.zeros((1, 3), np.float32)
@@ -394,7 +460,9 @@ def test_rows_that_go_elsewhere_are_assigned_in_parts_no_larger_than_one_problem
     assert sizes == ([(7, 7)] * 6 + [(3, 3)]) * 2
 
 
-def test_the_sums_of_tiles_are_those_of_their_rows_here_and_elsewhere():
+@pytest.mark.parametrize("products", [1 << 22, 0])  # of small matrices, and of none
+def test_the_sums_of_tiles_are_those_of_their_rows_here_and_elsewhere(products, monkeypatch):
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.PRODUCTS", products)
     saliency, own = torch.rand(9, 5, generator=seeded()), np.array([[2, 0, 0, 2, 3, 2, 0, 3, 3], [1, 0] * 4 + [2]])
     expected = torch.stack([saliency[tiles == tile].sum(dim=0) for tiles in own for tile in range(4)])  # some without
     torch.testing.assert_close(_sums(saliency, own, 4), expected)
@@ -455,7 +523,7 @@ def test_the_best_of_several_short_annealings_are_annealed_further(side_by_side,
     assert torch.equal(order, torch.from_numpy(best[-1]).argsort(stable=True))
 
 
-@pytest.mark.parametrize("most", [64, 2])
+@pytest.mark.parametrize("most", [64, 4])
 def test_a_move_is_made_inside_blocks_and_leaves_the_state_before_it_as_it_was(most, monkeypatch):
     shares = []
     monkeypatch.setattr("lightning_hinm.gyro.exchange.TILES", most)
@@ -801,7 +869,8 @@ def test_a_search_elsewhere_finds_the_same_and_sends_nothing_back_but_assignment
         size = held // pattern.m
         elected = min(max(-(-size // 4), min(size, 16)), columns) if method == "exchange" and held < columns else 0
         blocks = range(1, tiles * count + 1)
-        in_groups |= {(active, size, size + elected) for active in blocks}
+        tries = {1} | {max(TRIED // (active * size), 1) for active in blocks if size and method == "exchange"}
+        in_groups |= {(active * some, size, size + elected) for active in blocks for some in tries}
         sums |= {size for some in blocks for size in ((some, columns), (some,))}
     clusters = set()
     if method == "gyro":  # what clusters of rows are worth in full tiles, and how near they are

@@ -26,6 +26,8 @@ HOT, WARM, COLD, NOISY = 2.0, 0.5, 0.1, 0.8
 # Multiply-adds that all rounds may cost together: fewer rounds for a larger matrix, but never fewer than this; and that
 # a round may cost in all annealings that go on side by side: of a small matrix, several take little longer than one.
 WORK, FEWEST, SIDE_BY_SIDE = 1 << 38, 24, 1 << 20
+# Multiply-adds of the products that add up the columns of small tiles sooner than additions do.
+PRODUCTS = 1 << 22
 # Tiles among which a round moves rows: larger matrices are dealt out anew in every round, so that a round's cost grows
 # like the matrix.
 TILES = 64
@@ -201,7 +203,8 @@ class _Rows:
 def _sums(saliency: Tensor, tile: Array, count: int) -> Tensor:
     """The column sums of each tile, ``[K * count, I]``; ``tile``, ``[K, rows]``, says whose each row is."""
     own = torch.from_numpy(tile).to(saliency.device)
-    if saliency.device.type == "cpu":  # many times as fast; a GPU would add in any order
+    # On a CPU many times as fast, but for small matrices side by side; a GPU would add in any order.
+    if saliency.device.type == "cpu" and (len(own) == 1 or own.numel() * count * saliency.shape[1] > PRODUCTS):
         sums = saliency.new_zeros(len(own), count, saliency.shape[1])
         for of_tiles, rows in zip(sums, own, strict=True):
             of_tiles.index_add_(0, rows, saliency)
@@ -260,9 +263,14 @@ def _balance(values: Array, size: Array, price: Array, rate: float) -> Array:
     Args:
         values: of each row in each tile, ``[K, rows, T]``: K problems of their own.
         size: rows that each tile takes, ``[T]``.
-        price: of each tile, ``[K, T]``, moved in place.
+        price: of each tile, ``[K, T]``, moved in place; two tiles need none.
         rate: how far a price moves at most.
     """
+    if size.size == 2:  # exact, and sooner: the first takes those that it suits better than the second by the most
+        first = (values[:, :, 1] - values[:, :, 0]).argpartition(size[0] - 1, axis=1)[:, : size[0]]
+        tile = np.ones(values.shape[:2], np.int64)
+        np.put_along_axis(tile, first, 0, axis=1)
+        return tile
     (problems, rows, count), worth = values.shape, values - price[:, None]
     tile = (worth.argmax(axis=2) + np.arange(0, problems * count, count)[:, None]).ravel()  # numbered through
     worth, sizes = worth.reshape(-1, count), size if problems == 1 else np.tile(size, problems)

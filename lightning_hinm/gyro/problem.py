@@ -23,6 +23,9 @@ Array = np.ndarray[Any, Any]
 
 # A draw that gains nothing says little about the next one: a search of draws ends after so many failures in a row.
 RETRIES = 4
+# After a draw that gains less, as a fraction of what all blocks retain, several are tried at once, of so many groups in
+# all: they take little longer than one, and few of them gain.
+SLOW, TRIED = 1e-3, 128
 # Elements of the largest temporary: blocks are searched in batches of this size.
 BATCH = 1 << 25
 # Groups that one assignment takes at most, unless it shall be quick.
@@ -271,6 +274,7 @@ class Blocks:
         self.spread = self.sums.std(dtype=np.float64).astype(self.sums.dtype)
         # A group holds its columns in the order in which they came: mostly the one that came long ago is drawn.
         self.age = np.arange(slots.shape[2], dtype=np.float32) * (AGE if aged else 0)
+        self.tried = TRIED if aged else 0
         # As many are free at any time: whether that is enough for every draw.
         self.scarce = free is not None and free.sum(axis=1).min() < self.elected(*self.deals)
 
@@ -285,23 +289,29 @@ class Blocks:
         return min(max(-(-size // 4), min(size, ELECTED)), self.points.shape[1] // deals) * deals
 
     def assign(self, problem: Problem, draws: int | None, least: float, failed: int = 0) -> None:
-        """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``."""
+        """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``.
+
+        Of ``draws``, all that are tried at once are one.
+        """
         retries = max(RETRIES, failed // self.slots.shape[1])
-        failures = np.zeros(len(self.slots), np.int64)
+        failures, tries = np.zeros(len(self.slots), np.int64), 1
         while draws is None or draws > 0:
             active = np.flatnonzero(failures < retries)
             if not active.size or problem.clock.expired():
                 return
-            gain = self.draw(problem, active)
-            failures[active] = np.where(gain > least * self.worth[active], 0, failures[active] + 1)
+            gain, worth = self.draw(problem, active, tries), self.worth[active]
+            failures[active] = np.where(gain > least * worth, 0, failures[active] + tries)
+            if gain.sum() < SLOW * worth.sum():
+                tries = max(self.tried // (active.size * self.slots.shape[1]), 1)
             draws = None if draws is None else draws - 1
 
-    def draw(self, problem: Problem, active: Array) -> Array:
+    def draw(self, problem: Problem, active: Array, tries: int = 1) -> Array:
         """Assigns one vector of every group of the ``active`` blocks anew: what each of them gains.
 
         Many groups are dealt out to several assignments, D of S groups each. A gain is exact, because no group gives
-        more than one vector.
+        more than one vector. Of several ``tries`` for each block, all of them from where it stands, the best counts.
         """
+        active = active.repeat(tries)
         (_, groups, m), (size, deals) = self.slots.shape, self.deals
         blocks, dealt = active[:, None], np.arange(groups)[None]
         if deals > 1:
@@ -325,12 +335,18 @@ class Blocks:
         gain = worth[at, group, choice].sum(axis=1, dtype=np.float64) - before
         gain[gain <= 1e-6 * before] = 0  # rounding
         chosen = np.where(gain[:, None] > 0, candidates[at, choice], drawn)
-        new = np.concatenate((rest, chosen[:, :, None]), axis=2)
-        self.slots[blocks, dealt] = new.reshape(slots.shape)
+        new = np.concatenate((rest, chosen[:, :, None]), axis=2).reshape(slots.shape)
+        drawn, chosen, gain = drawn.reshape(len(active), -1), chosen.reshape(len(active), -1), gain.reshape(-1, deals)
+        gain = gain.sum(axis=1) / 2  # [A]
+        if tries > 1:
+            best = gain.reshape(-1, tries).argmax(axis=1) + np.arange(0, gain.size, tries)
+            dealt = dealt if deals == 1 else dealt[best]
+            blocks, new, drawn, chosen, gain = (each[best] for each in (blocks, new, drawn, chosen, gain))
+        self.slots[blocks, dealt] = new
         if self.free is not None:
-            self.free[block, drawn] = True
-            self.free[block, chosen] = False
-        return gain.reshape(-1, deals).sum(axis=1) / 2
+            self.free[blocks, drawn] = True
+            self.free[blocks, chosen] = False
+        return gain
 
     def columns(self, block: Array, column: Array) -> Tensor:
         """Each ``column`` of its ``block``, ``[..., V]``: whole rows of the points, copied one by one."""
