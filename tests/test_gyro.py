@@ -1,5 +1,6 @@
 import itertools
 import os
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -722,6 +723,21 @@ def test_a_budget_ends_a_long_search_with_the_best_so_far():
     assert result.ended_by_budget
     assert result.seconds < 5
     assert result.retained >= value(saliency, gyro_permute(saliency, pattern, method="identity"))
+
+
+@pytest.mark.parametrize("method", ["gyro", "exchange"])
+def test_a_budget_holds_what_it_takes_to_weigh_the_layouts(method, monkeypatch):
+    def slow(*arguments):
+        time.sleep(0.15)
+        return hinm_mask(*arguments)
+
+    monkeypatch.setattr("lightning_hinm.gyro.hinm_mask", slow)
+    monkeypatch.setattr("lightning_hinm.gyro.exchange.ROUNDS", 10**9)  # endless, were it not for the budget
+    monkeypatch.setattr("lightning_hinm.gyro.paper.RETRIES", 10**9)
+    start = time.monotonic()
+    result = search(structured(256, 256), HiNMPattern(16), method=method, time_budget=1.0)
+    assert result.ended_by_budget
+    assert time.monotonic() - start < 1.1
 
 
 def test_the_annealing_leaves_half_of_a_budget_to_the_vectors(monkeypatch):

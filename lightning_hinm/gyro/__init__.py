@@ -301,40 +301,41 @@ def _search_rows(
 ) -> list[_Found]:
     """Matrices with the same rows: the best of identity and the method."""
     pairs = list(zip(saliencies, patterns, strict=True))
-    fixed = None if output_order is None else output_order.to(saliencies[0].device)
-    first = torch.arange(len(saliencies[0]), device=saliencies[0].device) if fixed is None else fixed
-    chosen = [choose_vectors(saliency, pattern, first, within=within) for saliency, pattern in pairs]
-    candidates = [(first, chosen)]
-    varied = any(bool(low < peak) for low, peak in (saliency.aminmax() for saliency in saliencies))
-    if method != "identity" and varied and not clock.expired():
-        report = None if progress is None else _reporter(pairs, clock, progress)
-        problems = [
-            Problem(_scaled(saliency, len(pairs)), pattern, generator, clock, fixed, within, report)
-            for saliency, pattern in pairs
-        ]
-        if method == "gyro":
-            candidates.append(gyro_paper(problems, first, chosen))
-        else:
-            papers = generator.clone_state()  # the paper's loop finds what it would find by itself
-            rest = clock.share(1)  # a clock of its own: it shares out the time that is left
-            timed = [replace(problem, clock=rest) for problem in problems]
-            candidates.append(gyro_exchange(timed, first, chosen))
-            clock.ended |= rest.ended
-            small = sum(saliency.numel() for saliency in saliencies) <= SMALL and fixed is None
-            if small and not clock.expired():
-                alike = [replace(problem, generator=papers) for problem in problems]
-                candidates.append(gyro_paper(alike, first, chosen))
-    layouts = [
-        [
+
+    def found(order: Tensor, indices: Sequence[Tensor]) -> list[_Found]:
+        of_all = [
             HiNMLayout(pattern, order, _ascending_groups(index, pattern))
             for pattern, index in zip(patterns, indices, strict=True)
         ]
-        for order, indices in candidates
-    ]
-    values = [_retained_by(pairs, of_all) for of_all in layouts]
-    best = max(range(len(values)), key=lambda i: sum(values[i]))  # the first of equals
-    identity: list[float | None] = [None] * len(pairs) if output_order is not None else [*values[0]]
-    return [_Found(*each) for each in zip(layouts[best], values[best], identity, strict=True)]
+        values = _retained_by(pairs, of_all)
+        return [_Found(layout, value, None) for layout, value in zip(of_all, values, strict=True)]
+
+    fixed = None if output_order is None else output_order.to(saliencies[0].device)
+    first = torch.arange(len(saliencies[0]), device=saliencies[0].device) if fixed is None else fixed
+    begun = clock.seconds
+    chosen = [choose_vectors(saliency, pattern, first, within=within) for saliency, pattern in pairs]
+    candidates = [found(first, chosen)]
+    # What remains to be done with the search's own layouts takes about as long, and what follows not longer.
+    rest = clock.share(1, 2 * (clock.seconds - begun))
+    varied = any(bool(low < peak) for low, peak in (saliency.aminmax() for saliency in saliencies))
+    if method != "identity" and varied and not rest.expired():
+        report = None if progress is None else _reporter(pairs, clock, progress)
+        problems = [
+            Problem(_scaled(saliency, len(pairs)), pattern, generator, rest, fixed, within, report)
+            for saliency, pattern in pairs
+        ]
+        papers = generator.clone_state()  # the paper's loop finds what it would find by itself
+        of_method = gyro_paper if method == "gyro" else gyro_exchange
+        candidates.append(found(*of_method(problems, first, chosen)))
+        small = sum(saliency.numel() for saliency in saliencies) <= SMALL and fixed is None
+        if method == "exchange" and small and not rest.expired():
+            alike = [replace(problem, generator=papers) for problem in problems]
+            candidates.append(found(*gyro_paper(alike, first, chosen)))
+    clock.ended |= rest.ended
+    best = max(candidates, key=lambda candidate: sum(each.retained for each in candidate))  # the first of equals
+    if output_order is not None:
+        return best
+    return [each._replace(identity=identity.retained) for each, identity in zip(best, candidates[0], strict=True)]
 
 
 def _scaled(saliency: Tensor, count: int) -> Tensor:

@@ -66,9 +66,12 @@ class Clock:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
-    def share(self, parts: int) -> "Clock":
-        """A new clock for the first of so many parts that are still to come: an equal share of the time left."""
-        return Clock(None if self.budget is None else max(self.budget - self.seconds, 0.0) / parts)
+    def share(self, parts: int, reserve: float = 0.0) -> "Clock":
+        """A new clock for the first of so many parts that are still to come: an equal share of the time left.
+
+        So many seconds of that are held in ``reserve``.
+        """
+        return Clock(None if self.budget is None else max(self.budget - self.seconds - reserve, 0.0) / parts)
 
     @property
     def used(self) -> float:
