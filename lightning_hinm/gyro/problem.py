@@ -308,7 +308,7 @@ class Blocks:
                 tries = max(self.tried // (active.size * self.slots.shape[1]), 1)
             draws = None if draws is None else draws - 1
 
-    def draw(self, problem: Problem, active: Array, tries: int = 1) -> Array:
+    def draw(self, problem: Problem, active: Array, tries: int) -> Array:
         """Assigns one vector of every group of the ``active`` blocks anew: what each of them gains.
 
         Many groups are dealt out to several assignments, D of S groups each. A gain is exact, because no group gives
