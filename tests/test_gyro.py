@@ -1,8 +1,11 @@
 import itertools
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +38,7 @@ from lightning_hinm.gyro.problem import (
     Clock,
     Problem,
     _priced,
+    _threads,
     assign,
     assign_vectors,
     joined_values,
@@ -46,6 +50,8 @@ from lightning_hinm.mask import choose_vectors, hinm_mask, retained
 from lightning_hinm.pattern import HiNMPattern
 from tests.elsewhere import Elsewhere, elsewhere
 from tests.strategies import N_M, patterns, saliencies
+
+ROOT = Path(__file__).parents[1]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -220,6 +226,37 @@ def test_prices_do_not_change_what_an_assignment_is_worth(rows, extra, seed):
     assert priced.max() < rows + extra
     worth = [numbers[np.arange(rows), choice].sum() for choice in (plain, priced)]
     assert worth[0] == pytest.approx(worth[1], abs=1e-9)
+
+
+def test_assignments_shared_by_threads_are_those_of_one(monkeypatch):
+    values = [torch.rand(rows, rows + 2, generator=seeded(rows)).numpy() for rows in range(1, 12)]
+    alone = assign(values)
+    solvers = []
+    module = "lightning_hinm.gyro.problem."
+    monkeypatch.setattr(f"{module}PER_THREAD", 1)
+    monkeypatch.setattr(f"{module}_threads", lambda process: solvers.append(process) or _threads(process))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    shared = assign(values)
+    assert solvers == [os.getpid()] * 2
+    assert all(np.array_equal(*pair) for pair in zip(alone, shared, strict=True))
+
+
+def test_a_process_that_was_forked_has_threads_of_its_own():
+    program = """
+import os, signal, numpy, torch
+from lightning_hinm.gyro import problem
+problem.PER_THREAD = 1
+torch.set_num_threads(2)
+problem.assign([numpy.eye(2)] * 2)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # rather than wait for ever
+    problem.assign([numpy.eye(2)] * 2)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.stdout.split() == ["7"], result.stderr
 
 
 @given(st.integers(1, 60), st.integers(0, 20), st.sampled_from([1.0, 1e-3, 1e-5]), st.integers(0, 999))

@@ -4,11 +4,13 @@ Shapes: O rows, I columns, T tiles of V rows, P kept columns of a tile, G = P / 
 one run of columns) of W columns and K slots, each slot holding one kept column.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import product
+from functools import cache
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -30,8 +32,8 @@ SLOW, TRIED = 1e-3, 128
 BATCH = 1 << 25
 # Groups that one assignment takes at most, unless it shall be quick.
 GROUPS = 512
-# Numbers of the matrices that several threads solve sooner than one.
-PARALLEL = 1 << 18
+# Numbers of the matrices that a thread solves later than it is woken.
+PER_THREAD = 1 << 15
 # What each later arrival puts a column off being drawn, beside noise of 1: twice in a row it could only go back.
 AGE = 1.0
 # Pruned columns that stand for election: as many as there are groups, so many, or a quarter as many if that is more.
@@ -172,14 +174,22 @@ def assign(values: Sequence[Array]) -> list[Array]:
     """The column of each row in the assignment with the largest sum, of each ``[N, M >= N]``: int64 ``[N]``."""
     from scipy.optimize import linear_sum_assignment  # here: importing the package stays light
 
-    def solve(matrix: Array) -> Array:
-        columns: Array = linear_sum_assignment(matrix, maximize=True)[1]
-        return columns
+    def solve(matrices: Sequence[Array]) -> list[Array]:
+        return [linear_sum_assignment(matrix, maximize=True)[1] for matrix in matrices]
 
-    if len(values) > 1 and sum(matrix.size for matrix in values) > PARALLEL:  # the solver lets other threads run
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            return list(threads.map(solve, values))
-    return [solve(matrix) for matrix in values]
+    threads = min(torch.get_num_threads(), len(values), sum(matrix.size for matrix in values) // PER_THREAD)
+    if threads < 2:
+        return solve(values)
+    ends = [len(values) * i // threads for i in range(threads + 1)]
+    parts = [values[first:last] for first, last in pairwise(ends)]
+    others = [_threads(os.getpid()).submit(solve, part) for part in parts[1:]]  # the solver lets other threads run
+    return solve(parts[0]) + [choice for other in others for choice in other.result()]
+
+
+@cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Those of this process, which are kept, because to begin them takes longer than most assignments."""
+    return ThreadPoolExecutor(os.cpu_count(), f"assignments of {process}")
 
 
 def assign_vectors(
