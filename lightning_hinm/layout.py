@@ -83,6 +83,25 @@ def is_in_order(order: Tensor) -> bool:
     return not order.is_meta and torch.equal(order.to(torch.int64), torch.arange(len(order), device=order.device))
 
 
+def wrong_with_order(order: Tensor, rows: int, vector_size: int, groups: int) -> list[str]:
+    """What is wrong with an ``output_order`` of ``rows``, in tiles of ``vector_size`` and groups that no row leaves."""
+    if order.dtype != torch.int64 or order.dim() != 1:
+        return [f"output_order is {order.dtype} {list(order.shape)}, not int64 [O]"]
+    if order.numel() != rows:
+        return [f"output_order has {order.numel()} entries, but the weight has {rows} rows"]
+    every = torch.arange(rows, device=order.device)
+    if not torch.equal(order.sort().values, every):
+        return [f"output_order is not a permutation of 0..{rows - 1}"]
+    if groups == 1:
+        return []
+    per_group, wrong = rows // groups, []
+    if per_group % vector_size:
+        wrong.append(f"{per_group} rows a group are no multiple of vector_size={vector_size}")
+    if not torch.equal(order // per_group, every // per_group):
+        wrong.append(f"output_order moves rows between the {groups} groups of the convolution")
+    return wrong
+
+
 def check_layout(layout: HiNMLayout, rows: int, in_features: int, *, groups: int = 1, name: str = "layout") -> None:
     """Refuses a layout that does not fit a weight of ``rows`` x ``in_features``: an index out of range would be a read
     out of bounds in a kernel, so files, caches and checkpoints all pass through here.
@@ -97,19 +116,8 @@ def check_layout(layout: HiNMLayout, rows: int, in_features: int, *, groups: int
     Raises:
         ValueError: naming every rule that is broken.
     """
-    pattern, order, index = layout.pattern, layout.output_order, layout.vector_index
-    wrong = []
-    if order.numel() != rows:
-        wrong.append(f"output_order has {order.numel()} entries, but the weight has {rows} rows")
-    elif not torch.equal(order.sort().values, torch.arange(rows, device=order.device)):
-        wrong.append(f"output_order is not a permutation of 0..{rows - 1}")
-    elif groups > 1:
-        per_group = rows // groups
-        own = torch.arange(rows, device=order.device) // per_group
-        if per_group % pattern.vector_size:
-            wrong.append(f"{per_group} rows a group are no multiple of vector_size={pattern.vector_size}")
-        if not torch.equal(order // per_group, own):
-            wrong.append(f"output_order moves rows between the {groups} groups of the convolution")
+    pattern, index = layout.pattern, layout.vector_index
+    wrong = wrong_with_order(layout.output_order, rows, pattern.vector_size, groups)
     kept, padded = pattern.kept(in_features), pattern.padded(in_features)
     if index.shape[1] != kept:
         wrong.append(f"vector_index keeps {index.shape[1]} columns, but the pattern keeps {kept} of {in_features}")

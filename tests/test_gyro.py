@@ -875,6 +875,27 @@ def test_a_saliency_that_is_not_finite_and_non_negative_is_refused(bad):
         gyro_permute(saliency, HiNMPattern(4))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"groups": 0}, "groups=0: got 32 rows"),
+        ({"groups": 3}, "groups=3: got 32 rows in tiles of vector_size=8"),
+        ({"groups": 8}, "groups=8: .*Choose a vector_size that divides them"),
+        ({"output_order": torch.arange(5)}, "output_order has 5 entries, but the weight has 32 rows"),
+        ({"output_order": torch.arange(32) // 2}, r"output_order is not a permutation of 0\.\.31"),
+        ({"output_order": torch.arange(32.0)}, r"output_order is torch.float32 \[32\], not int64 \[O\]"),
+        ({"output_order": torch.arange(32).flip(0), "groups": 2}, "moves rows between the 2 groups"),
+        ({"within": torch.ones(32, 24, dtype=torch.bool)}, "within is the mask in force with an output_order"),
+        ({"within": torch.ones(32, 24), "output_order": torch.arange(32)}, r"within .*bool \[32, 24\]"),
+        ({"within": torch.ones(3, 3, dtype=torch.bool), "output_order": torch.arange(32)}, r"within .*bool \[32, 24\]"),
+    ],
+)
+def test_groups_an_order_or_a_mask_of_another_layer_are_refused_before_anything_is_searched(wrong, message, no_search):
+    no_search()
+    with pytest.raises(ValueError, match=message):
+        search(structured(32, 24), HiNMPattern(8), **wrong)
+
+
 def test_an_unknown_method_or_a_negative_budget_is_refused():
     with pytest.raises(ValueError, match=r"method='greedy': .*'identity', 'gyro', 'exchange'"):
         gyro_permute(torch.rand(8, 8), HiNMPattern(4), method="greedy")

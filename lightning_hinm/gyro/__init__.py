@@ -18,7 +18,7 @@ from lightning_hinm.gyro.exchange import gyro_exchange
 from lightning_hinm.gyro.gap import Gap
 from lightning_hinm.gyro.paper import gyro_paper
 from lightning_hinm.gyro.problem import Clock, Problem
-from lightning_hinm.layout import HiNMLayout
+from lightning_hinm.layout import HiNMLayout, wrong_with_order
 from lightning_hinm.mask import check_saliency, choose_vectors, hinm_mask, retained
 from lightning_hinm.pattern import HiNMPattern
 
@@ -120,7 +120,7 @@ def search(
         progress: called now and then in a long search; what it is told is of one group of a convolution.
 
     Raises:
-        ValueError: as in ``gyro_permute``.
+        ValueError: as in ``gyro_permute``, or if groups, order or mask are not of such a saliency.
     """
     return _search([saliency], [pattern], groups, method, generator, time_budget, output_order, within, progress)[0]
 
@@ -152,7 +152,7 @@ def search_shared(
         progress: as in ``search``.
 
     Raises:
-        ValueError: as in ``gyro_permute``, or if one order cannot serve all.
+        ValueError: as in ``search``, or if one order cannot serve all.
     """
     rows = sorted({len(saliency) for saliency in saliencies})
     sizes = sorted({pattern.vector_size for pattern in patterns})
@@ -182,6 +182,7 @@ def _search(
         raise ValueError(f"time_budget={time_budget}: a budget is at least 0 seconds, or None for no limit.")
     for saliency in saliencies:
         check_saliency(saliency)
+    _check_rows(saliencies[0], patterns[0].vector_size, groups, output_order, within)
     saliencies = [saliency.detach().to(saliencies[0].device) for saliency in saliencies]
     clock, inference, gradients = Clock(time_budget), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
@@ -221,6 +222,23 @@ def _search(
         SearchResult(entry.layout, entry.retained, entry.gap_closed, seconds * saliency.numel() / weights, clock.ended)
         for saliency, entry in zip(saliencies, entries, strict=True)
     ]
+
+
+def _check_rows(
+    saliency: Tensor, vector_size: int, groups: int, output_order: Tensor | None, within: Tensor | None
+) -> None:
+    """Refuses groups that do not fill tiles, and an order or a mask that are not of such a saliency."""
+    rows = len(saliency)
+    if groups < 1 or (groups > 1 and rows % (groups * vector_size)):
+        raise ValueError(
+            f"groups={groups}: got {rows} rows in tiles of vector_size={vector_size}, but the rows of each group fill "
+            "whole tiles. Choose a vector_size that divides them."
+        )
+    wrong = [] if output_order is None else wrong_with_order(output_order, rows, vector_size, groups)
+    if within is not None and (output_order is None or within.dtype != torch.bool or within.shape != saliency.shape):
+        wrong.append(f"within is the mask in force with an output_order, bool {list(saliency.shape)}")
+    if wrong:
+        raise ValueError(f"search: {'; '.join(wrong)}. Pass what the layer was pruned with.")
 
 
 def _read_entries(
