@@ -138,17 +138,22 @@ def check_saliency(saliency: Tensor, name: str = "saliency") -> None:
     """Refuses a saliency that no mask can be chosen by.
 
     Raises:
-        ValueError: if it is not a 2-D floating-point tensor, or negative or not finite anywhere.
+        ValueError: if it is not a dense 2-D tensor of at least 16-bit floating-point numbers, or negative or not
+            finite anywhere, or if its sum is not finite in float64.
     """
-    if saliency.dim() != 2 or not saliency.is_floating_point() or 0 in saliency.shape:
+    dense = saliency.layout == torch.strided
+    wide = saliency.is_floating_point() and saliency.element_size() > 1
+    if not (dense and wide and saliency.dim() == 2 and saliency.numel()):
         raise ValueError(
-            f"{name}: got {saliency.dtype} {list(saliency.shape)}, but a saliency is a non-empty floating-point [O, I] "
-            "matrix. Pass e.g. weight.flatten(1).abs()."
+            f"{name}: got {saliency.dtype} {list(saliency.shape)}, {saliency.layout}, but a saliency is a dense, "
+            "non-empty floating-point [O, I] matrix of 16 bits or more. Pass e.g. weight.flatten(1).abs()."
         )
-    low, high = saliency.aminmax()
+    low, high = (end.item() for end in saliency.aminmax())
     if not (low >= 0 and high < float("inf")):
         bad = (~(saliency >= 0) | saliency.isinf()).sum().item()
         raise ValueError(
             f"{name}: {bad} of {saliency.numel()} values are negative, NaN or infinite, but a saliency is finite and "
             "non-negative. Check the weights and gradients it comes from."
         )
+    if high * saliency.numel() == float("inf"):
+        raise ValueError(f"{name}: values up to {high:.3g} add up to more than float64 holds. Divide by their maximum.")

@@ -105,19 +105,22 @@ def test_retained_is_a_fraction_and_monotone(saliency):
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "message"),
     [
-        torch.tensor([[1.0, -1.0]]),
-        torch.tensor([[1.0, float("nan")]]),
-        torch.tensor([[1.0, float("inf")]]),
-        torch.tensor([[1, 2]]),
-        torch.rand(3),
-        torch.rand(0, 4),
+        (torch.tensor([[1.0, -1.0]]), "1 of 2 values are negative"),
+        (torch.tensor([[1.0, float("nan")]]), "1 of 2 values are negative, NaN"),
+        (torch.tensor([[1.0, float("inf")]]), "1 of 2 values are negative, NaN or infinite"),
+        (torch.tensor([[1, 2]]), r"torch.int64 \[1, 2\]"),
+        (torch.rand(3), r"torch.float32 \[3\]"),
+        (torch.rand(0, 4), "non-empty"),
+        (torch.rand(1, 4).to(torch.float8_e5m2), "torch.float8_e5m2 .* of 16 bits or more"),
+        (torch.rand(1, 4).to_sparse(), "torch.sparse_coo, but a saliency is a dense"),
+        (torch.full((2, 2), 6e307, dtype=torch.float64), r"values up to 6e\+307 add up to more than float64 holds"),
     ],
 )
-def test_a_saliency_that_is_none_is_refused(bad):
+def test_a_saliency_that_is_none_is_refused(bad, message):
     layout = HiNMLayout(HiNMPattern(1, 0.0), torch.arange(1), torch.tensor([[0, 1, 2, 3]]))
-    with pytest.raises(ValueError, match="saliency"):
+    with pytest.raises(ValueError, match=message):
         hinm_mask(bad, layout)
 
 
