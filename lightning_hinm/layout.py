@@ -92,14 +92,11 @@ def wrong_with_order(order: Tensor, rows: int, vector_size: int, groups: int) ->
     every = torch.arange(rows, device=order.device)
     if not torch.equal(order.sort().values, every):
         return [f"output_order is not a permutation of 0..{rows - 1}"]
-    if groups == 1:
-        return []
-    per_group, wrong = rows // groups, []
-    if per_group % vector_size:
-        wrong.append(f"{per_group} rows a group are no multiple of vector_size={vector_size}")
-    if not torch.equal(order // per_group, every // per_group):
-        wrong.append(f"output_order moves rows between the {groups} groups of the convolution")
-    return wrong
+    if groups < 1 or (groups > 1 and rows % (groups * vector_size)):
+        return [f"the {rows} rows do not fill whole tiles of vector_size={vector_size} in each of groups={groups}"]
+    if not torch.equal(order // (rows // groups), every // (rows // groups)):
+        return [f"output_order moves rows between the {groups} groups of the convolution"]
+    return []
 
 
 def check_layout(layout: HiNMLayout, rows: int, in_features: int, *, groups: int = 1, name: str = "layout") -> None:

@@ -878,9 +878,9 @@ def test_a_saliency_that_is_not_finite_and_non_negative_is_refused(bad):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"groups": 0}, "groups=0: got 32 rows"),
-        ({"groups": 3}, "groups=3: got 32 rows in tiles of vector_size=8"),
-        ({"groups": 8}, "groups=8: .*Choose a vector_size that divides them"),
+        ({"groups": 0}, "the 32 rows do not fill whole tiles of vector_size=8 in each of groups=0"),
+        ({"groups": 3}, "in each of groups=3"),
+        ({"groups": 8}, "in each of groups=8.*a vector_size that divides the rows of each group"),
         ({"output_order": torch.arange(5)}, "output_order has 5 entries, but the weight has 32 rows"),
         ({"output_order": torch.arange(32) // 2}, r"output_order is not a permutation of 0\.\.31"),
         ({"output_order": torch.arange(32.0)}, r"output_order is torch.float32 \[32\], not int64 \[O\]"),

@@ -228,17 +228,15 @@ def _check_rows(
     saliency: Tensor, vector_size: int, groups: int, output_order: Tensor | None, within: Tensor | None
 ) -> None:
     """Refuses groups that do not fill tiles, and an order or a mask that are not of such a saliency."""
-    rows = len(saliency)
-    if groups < 1 or (groups > 1 and rows % (groups * vector_size)):
-        raise ValueError(
-            f"groups={groups}: got {rows} rows in tiles of vector_size={vector_size}, but the rows of each group fill "
-            "whole tiles. Choose a vector_size that divides them."
-        )
-    wrong = [] if output_order is None else wrong_with_order(output_order, rows, vector_size, groups)
+    order = torch.arange(len(saliency)) if output_order is None else output_order
+    wrong = wrong_with_order(order, len(saliency), vector_size, groups)
     if within is not None and (output_order is None or within.dtype != torch.bool or within.shape != saliency.shape):
         wrong.append(f"within is the mask in force with an output_order, bool {list(saliency.shape)}")
     if wrong:
-        raise ValueError(f"search: {'; '.join(wrong)}. Pass what the layer was pruned with.")
+        raise ValueError(
+            f"search: {'; '.join(wrong)}. Pass the layer's own groups, order and mask, and a vector_size that divides "
+            "the rows of each group."
+        )
 
 
 def _read_entries(

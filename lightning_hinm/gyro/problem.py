@@ -32,7 +32,7 @@ SLOW, TRIED = 1e-3, 128
 BATCH = 1 << 25
 # Groups that one assignment takes at most, unless it shall be quick.
 GROUPS = 512
-# Numbers of the matrices that a thread solves later than it is woken.
+# A thread is woken for matrices of at least so many numbers: fewer are solved sooner than it wakes.
 PER_THREAD = 1 << 15
 # What each later arrival puts a column off being drawn, beside noise of 1: twice in a row it could only go back.
 AGE = 1.0
@@ -188,7 +188,7 @@ def assign(values: Sequence[Array]) -> list[Array]:
 
 @cache
 def _threads(process: int) -> ThreadPoolExecutor:
-    """Those of this process, which are kept, because to begin them takes longer than most assignments."""
+    """Kept, because to begin them takes longer than most assignments; a fork has none of its parent's."""
     return ThreadPoolExecutor(os.cpu_count(), f"assignments of {process}")
 
 
