@@ -419,12 +419,15 @@ def test_columns_are_elected_only_where_some_may_be_chosen_that_are_not(vector_s
     ("pattern", "fixed", "expected"),
     [
         (HiNMPattern(4, 0.5), False, (6, 4e-5, 512)),
-        (HiNMPattern(4, 0.0), False, (12, 1e-6, 2048)),  # no row prefers a tile
+        (HiNMPattern(4, 0.0), False, (6, 1e-6, 2048)),  # all columns are kept
+        (HiNMPattern(4, 0.05), False, (6, 1e-6, 2048)),  # here too, of so few
         (HiNMPattern(16, 0.5), False, (0, 1e-6, 2048)),  # one tile
         (HiNMPattern(4, 0.5), True, (0, 4e-5, 512)),
     ],
 )
-def test_vectors_are_searched_longest_where_rows_might_move_and_are_not_annealed(pattern, fixed, expected, monkeypatch):
+def test_vectors_are_searched_longest_where_rows_are_free_and_choose_nothing_but_groups(
+    pattern, fixed, expected, monkeypatch
+):
     calls = []
 
     def assign_all(problems, order, indices, **options):
@@ -439,7 +442,7 @@ def test_vectors_are_searched_longest_where_rows_might_move_and_are_not_annealed
 
 @pytest.mark.parametrize("pattern", [HiNMPattern(16, 0.0), HiNMPattern(96, 0.0), HiNMPattern(96, 0.5)])
 @pytest.mark.parametrize("seed", range(3))
-def test_where_no_row_is_annealed_exchange_is_no_worse_than_gyro(pattern, seed):
+def test_where_rows_choose_nothing_but_groups_exchange_is_no_worse_than_gyro(pattern, seed):
     saliency = torch.rand(96, 256, generator=seeded(seed)) ** 3
     assert saliency.numel() > SMALL  # else the paper's loop is run too
     found = [search(saliency, pattern, method=method).retained for method in ("exchange", "gyro")]
@@ -508,17 +511,37 @@ def test_the_sums_of_tiles_are_those_of_their_rows_here_and_elsewhere(products, 
         torch.testing.assert_close(_sums(elsewhere(saliency), own, 4).cpu(), expected)
 
 
-@pytest.mark.parametrize("pattern", [HiNMPattern(2, 0.5, window=8), HiNMPattern(2, 0.75, 1, 2), HiNMPattern(2, 0.0)])
-def test_a_tile_keeps_the_columns_with_the_largest_sums_of_each_run_here_and_elsewhere(pattern):
+# Where a pattern keeps all columns, the stand-in keeps as many as n:m would, if it took them whole.
+@pytest.mark.parametrize(
+    ("pattern", "keeps"),
+    [
+        (HiNMPattern(2, 0.5, window=8), [4, 4, 4, 4, 4, 4]),  # of the last run, of two columns, both
+        (HiNMPattern(2, 0.75, 1, 2), [10]),
+        (HiNMPattern(2, 0.0), [21]),
+        (HiNMPattern(2, 0.0, 1, 4, window=8), [2, 2, 2, 2, 2, 1]),
+    ],
+)
+def test_a_tile_keeps_the_columns_with_the_largest_sums_of_each_run_here_and_elsewhere(pattern, keeps):
     sums = torch.rand(3, 42, generator=seeded())
     runs = _pruned_runs(pattern, 42)
     expected = torch.zeros_like(sums)
-    for first, last in pattern.runs(42):
-        best = sums[:, first:last].argsort(dim=1, descending=True)[:, : pattern.kept_of_run(last - first)]
+    for (first, last), count in zip(pattern.runs(42), keeps, strict=True):
+        best = sums[:, first:last].argsort(dim=1, descending=True)[:, :count]
         expected.scatter_(1, best + first, 1.0)
     assert torch.equal(_kept(sums, runs), expected)
     with Elsewhere():
         assert torch.equal(_kept(elsewhere(sums), runs).cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"), [(HiNMPattern(16, 0.0), 24), (HiNMPattern(16, 0.0, 1, 4), 12), (HiNMPattern(16, 0.5), 24)]
+)
+def test_rows_that_like_the_same_columns_are_annealed_into_one_tile(pattern, count):
+    kinds = torch.arange(64) % 4
+    likes = torch.stack([torch.randperm(48, generator=seeded(kind)) < count for kind in range(4)]).float()
+    saliency = likes[kinds] + 0.5 * torch.rand(64, 48, generator=seeded())
+    order = _anneal_rows([problem(saliency, pattern)])
+    assert [len(tile.unique()) for tile in kinds[order].split(16)] == [1] * 4
 
 
 def test_large_kinds_of_rows_come_together_as_suits_them_best():
@@ -661,9 +684,10 @@ def test_noise_falls_from_first_to_last_and_ends_and_falls_faster_where_time_is_
     assert clock.ended
 
 
-def test_what_likely_survives_is_the_saliency_itself_where_nothing_is_pruned_within_groups():
+def test_what_likely_survives_is_the_saliency_itself_where_nothing_is_pruned_within_groups_or_all_in_place_of_them():
     saliency = torch.rand(5, 12, generator=seeded())
     assert torch.equal(_likely(saliency, HiNMPattern(4, 0.5, 4, 4)), saliency)
+    assert torch.equal(_likely(saliency, HiNMPattern(4, 0.0)), saliency)
     likely = _likely(saliency, HiNMPattern(4, 0.5))
     assert torch.equal(likely.argsort(dim=1), saliency.argsort(dim=1))
     smaller = 1 - torch.exp(-saliency / saliency.mean(dim=1, keepdim=True))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_hinm.gyro.problem import GROUPS, Array, Problem, assign, assign_vectors, row_values
+from lightning_hinm.gyro.problem import Array, Problem, assign, assign_vectors, row_values
 from lightning_hinm.mask import choose_vectors
 from lightning_hinm.pattern import HiNMPattern
 
@@ -40,30 +40,28 @@ ROWS = 256
 TURNS, DRAWS, LEAST, FAILED = 6, 8, 4e-5, 512
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
 QUICK, QUICK_LEAST = 96, 1.6e-4
-# Turns, groups of an assignment, least gain and failures where rows might move and are not annealed: all that there is
-# to gain is in these.
-ALONE = 12, GROUPS, 1e-6, 2048
+# LEAST and FAILED where rows are free but have nothing to choose but groups, of a single tile or of tiles that keep all
+# columns: most of what there is to gain is in these.
+THOROUGH = 1e-6, 2048
 # The annealing's share of a time budget.
 SHARE = 0.4
 
 
 def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Rows to tiles first, then vectors to groups, then both in turn, and vectors last: one order, an index of each."""
-    first = problems[0]
-    free = first.output_order is None and indices[0].shape[0] > 1  # rows can go elsewhere
-    # Where all vectors are kept, all tiles keep the same columns, and no row prefers one.
-    annealed = free and any(problem.pattern.vector_sparsity > 0 for problem in problems)
-    if annealed:
+    first, free = problems[0], problems[0].output_order is None
+    several = indices[0].shape[0] > 1
+    if free and several:  # rows can go elsewhere
         order = _anneal_rows(problems)
         indices = [choose_vectors(problem.saliency, problem.pattern, order) for problem in problems]
-    alone = first.output_order is None and not annealed
-    turns, most, least, failed = ALONE if alone else (TURNS, QUICK, LEAST, FAILED)
-    for _ in range(turns if free else 0):
-        indices = _assign_all(problems, order, indices, draws=DRAWS, most=most)
-        if first.clock.expired():
-            break
-        order = _move_rows(problems, order, indices)
-    indices = _assign_all(problems, order, indices, least=QUICK_LEAST, most=most)
+        for _ in range(TURNS):
+            indices = _assign_all(problems, order, indices, draws=DRAWS, most=QUICK)
+            if first.clock.expired():
+                break
+            order = _move_rows(problems, order, indices)
+    indices = _assign_all(problems, order, indices, least=QUICK_LEAST, most=QUICK)
+    pruned = any(_prunes_vectors(problem.pattern, problem.saliency.shape[1]) for problem in problems)
+    least, failed = (LEAST, FAILED) if not free or (several and pruned) else THOROUGH
     return order, _assign_all(problems, order, indices, least=least, failed=failed)
 
 
@@ -98,7 +96,8 @@ def _anneal_rows(problems: Sequence[Problem]) -> Tensor:
 class _Rows:
     """The tile of each row, and what a place in each tile costs, in each of K annealings that go on side by side.
 
-    Groups do not exist yet, so tiles keep columns by a stand-in for what survives n:m. What rows are worth in tiles is
+    Groups do not exist yet, so tiles keep columns by a stand-in for what survives n:m: ``_likely`` of the columns that
+    the pattern keeps, or, where it keeps all, ``n`` of ``m`` columns whole. What rows are worth in tiles is
     brought to the CPU: so small a matrix is dealt with there in a fraction of the time.
     """
 
@@ -219,19 +218,25 @@ def _likely(saliency: Tensor, pattern: HiNMPattern) -> Tensor:
     The guess is a power of the share of weights that are smaller, if those of the row were exponentially distributed.
     With ``m - 1`` it would be the chance of being the largest of a random group; one that falls with the density was
     the best of those tried for 2:4, 1:4, 4:8 and 2:8. The true share, from a sort, is no better. Where nothing is
-    pruned, n = m, it is the saliency itself.
+    pruned in groups, n = m, or in place of them whole columns are, it is the saliency itself.
     """
-    if pattern.n == pattern.m:
+    if pattern.n == pattern.m or not _prunes_vectors(pattern, saliency.shape[1]):
         return saliency
     mean = saliency.mean(dim=1, keepdim=True).clamp_(min=torch.finfo(saliency.dtype).tiny)
     likely = (saliency / -mean).expm1_().neg_().pow_(1.5 * pattern.m / pattern.n)
     return likely.mul_(saliency)
 
 
+def _prunes_vectors(pattern: HiNMPattern, in_features: int) -> bool:
+    return pattern.kept(in_features) < in_features
+
+
 def _pruned_runs(pattern: HiNMPattern, in_features: int) -> list[tuple[int, int, int, int]]:
-    """``HiNMPattern.equal_runs``, each with the columns that it prunes."""
+    """``HiNMPattern.equal_runs``, each with the columns that the stand-in prunes."""
     runs = pattern.equal_runs(in_features)
-    return [(*run, max(run[1] - pattern.kept_of_run(run[1]), 0)) for run in runs]
+    if _prunes_vectors(pattern, in_features):
+        return [(*run, max(run[1] - pattern.kept_of_run(run[1]), 0)) for run in runs]
+    return [(*run, run[1] - max(run[1] * pattern.n // pattern.m, 1)) for run in runs]
 
 
 def _kept(sums: Tensor, runs: list[tuple[int, int, int, int]]) -> Tensor:
