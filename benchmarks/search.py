@@ -5,6 +5,7 @@
 
 rows    layer 2 of MiniLM against the paper's loop and a plain prototype: retained, seconds, memory, moves per second
 all     the 36 encoder matrices of MiniLM, V = 64, 75 %, and how much sooner the default has what gyro ends with
+alone   the same with 2:4 alone, where no vector is pruned and the search is one of groups
 convs   the layers of two convolutional networks, CREPE (sound) and MTCNN (faces), against both as well
 gaps    the gap closed over patterns and windows: the default on all 36 matrices, the prototype on every ninth case
 large   larger layers, of random numbers with a spread of rows and columns
@@ -193,6 +194,19 @@ def part_all(matrices: dict[str, Tensor]) -> list[Row]:
     return rows
 
 
+def part_alone(matrices: dict[str, Tensor]) -> list[Row]:
+    pattern, rows = HiNMPattern(64, 0.0, window=None), []
+    for name, saliency in matrices.items():
+        row: Row = {"name": name, **pattern_row(saliency, pattern), **numbers(search(saliency, pattern))}
+        rows.append(row | {"gyro": numbers(search(saliency, pattern, method="gyro"))})
+    closed, gyro = (statistics.fmean(row["gap_closed"] for row in part) for part in (rows, [r["gyro"] for r in rows]))
+    own, other = (sum(row["seconds"] for row in part) for part in (rows, [r["gyro"] for r in rows]))
+    worse = sum(row["retained"] < row["gyro"]["retained"] for row in rows)
+    print(f"2:4 alone, 36 matrices: gap closed {closed:.3f} in {own:.1f} s, gyro {gyro:.3f} in {other:.1f} s; worse "
+          f"than gyro on {worse}")  # fmt: skip
+    return rows
+
+
 def seconds_to(saliency: Tensor, pattern: HiNMPattern, value: float, most: float) -> float:
     """Of the smallest time budget, in steps of a tenth, with which the default retains ``value``."""
     budget = 0.005
@@ -374,8 +388,9 @@ def draw_plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-PARTS = {"rows": part_rows, "all": part_all, "convs": part_convs, "gaps": part_gaps, "large": part_large,
-         "growth": part_growth, "tiny": part_tiny, "ranks": part_ranks, "plot": part_plot}  # fmt: skip
+PARTS = {"rows": part_rows, "all": part_all, "alone": part_alone, "convs": part_convs, "gaps": part_gaps,
+         "large": part_large, "growth": part_growth, "tiny": part_tiny, "ranks": part_ranks,
+         "plot": part_plot}  # fmt: skip
 
 
 def main() -> None:

@@ -35,14 +35,14 @@ TILES = 64
 PRICE_RATE = 0.15
 # Rows that one exact transport problem takes: its cost is cubic.
 ROWS = 256
-# After the annealing: vectors (so many draws) and rows in turn, and vectors once more until a draw gains too little and
-# so many draws of a single group have failed in a row: few groups are soon drawn often.
-TURNS, DRAWS, LEAST, FAILED = 6, 8, 4e-5, 512
+# After the annealing: vectors (so many draws) and rows in turn, and vectors once more (``assign_vectors``).
+TURNS, DRAWS = 6, 8
+LAST = {"least": 4e-5, "failed": 512}
 # Up to a draw that gains so little, assignments of fewer groups gain more in the same time.
 QUICK, QUICK_LEAST = 96, 1.6e-4
-# LEAST and FAILED where rows are free but have nothing to choose but groups, of a single tile or of tiles that keep all
-# columns: most of what there is to gain is in these.
-THOROUGH = 1e-6, 2048
+# The last vectors where rows are free but have nothing to choose but groups, of a single tile or of tiles that keep all
+# columns: most of what there is to gain is in these, and with less the paper's loop would gain more of it now and then.
+THOROUGH = {"least": 1e-6, "retries": 10, "failed": 2048}
 # The annealing's share of a time budget.
 SHARE = 0.4
 
@@ -61,8 +61,7 @@ def gyro_exchange(problems: Sequence[Problem], order: Tensor, indices: list[Tens
             order = _move_rows(problems, order, indices)
     indices = _assign_all(problems, order, indices, least=QUICK_LEAST, most=QUICK)
     pruned = any(_prunes_vectors(problem.pattern, problem.saliency.shape[1]) for problem in problems)
-    least, failed = (LEAST, FAILED) if not free or (several and pruned) else THOROUGH
-    return order, _assign_all(problems, order, indices, least=least, failed=failed)
+    return order, _assign_all(problems, order, indices, **(LAST if not free or (several and pruned) else THOROUGH))
 
 
 def _assign_all(problems: Sequence[Problem], order: Tensor, indices: list[Tensor], **options: Any) -> list[Tensor]:

@@ -201,6 +201,7 @@ def assign_vectors(
     draws: int | None = None,
     least: float = 1e-6,
     most: int = GROUPS,
+    retries: int = RETRIES,
     failed: int = 0,
 ) -> Tensor:
     """Draw one vector of every group of a tile and assign them to the groups anew, as long as that gains.
@@ -210,9 +211,10 @@ def assign_vectors(
         order: int64 ``[O]``.
         index: int64 ``[T, P]``.
         pruned: some of the columns that a tile prunes stand for election too: the exchange method's own addition.
-        draws: at most so many; None for as many as it takes until ``RETRIES`` in a row are no gain.
+        draws: at most so many; None for as many as it takes until ``retries`` in a row are no gain.
         least: what counts as a gain, as a fraction of what the tile retains at first.
         most: groups that one assignment takes: the cost of a draw grows with its square, the gain far less.
+        retries: draws without a gain in a row that end the search.
         failed: draws of a single group that may fail in a row, if these are more: few groups are soon drawn often.
 
     Returns:
@@ -252,7 +254,7 @@ def assign_vectors(
             members = local[:, : groups * m].reshape(-1, groups, m)
             elected = free if elect and free.any() else None
             blocks = Blocks(points, members, pattern.n, elected, most, aged=pruned)
-            blocks.assign(problem, draws, least, failed)
+            blocks.assign(problem, draws, least, retries, failed)
             own[:, :, : groups * m] = blocks.slots.reshape(*own.shape[:2], -1) + offset
             if problem.due:
                 problem.tell(order, torch.from_numpy(chosen).to(index.device))
@@ -301,12 +303,14 @@ class Blocks:
         """Pruned columns that stand for election in all assignments of a block."""
         return min(max(-(-size // 4), min(size, ELECTED)), self.points.shape[1] // deals) * deals
 
-    def assign(self, problem: Problem, draws: int | None, least: float, failed: int = 0) -> None:
+    def assign(
+        self, problem: Problem, draws: int | None, least: float, retries: int = RETRIES, failed: int = 0
+    ) -> None:
         """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``.
 
         Of ``draws``, all that are tried at once are one.
         """
-        retries = max(RETRIES, failed // self.slots.shape[1])
+        retries = max(retries, failed // self.slots.shape[1])
         failures, tries = np.zeros(len(self.slots), np.int64), 1
         while draws is None or draws > 0:
             active = np.flatnonzero(failures < retries)

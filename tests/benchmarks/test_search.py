@@ -38,7 +38,7 @@ def test_the_search_benchmark_writes_every_part_and_draws_the_plot(
     rounds = search.exchange.ROUNDS
     layers = {"full": torch.rand(128, 32, generator=seeded()), "short": torch.rand(160, 32, generator=seeded())}
     monkeypatch.setattr(search, "convs", lambda: layers)
-    parts = ["rows", "all", "convs", "large", "growth", "plot"]
+    parts = ["rows", "all", "alone", "convs", "large", "growth", "plot"]
     monkeypatch.setattr("sys.argv", ["search", *parts, "--out", str(tmp_path)])
     search.main()
     written = json.loads((tmp_path / "search.json").read_text())
