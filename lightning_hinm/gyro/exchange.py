@@ -217,7 +217,7 @@ def _likely(saliency: Tensor, pattern: HiNMPattern) -> Tensor:
     The guess is a power of the share of weights that are smaller, if those of the row were exponentially distributed.
     With ``m - 1`` it would be the chance of being the largest of a random group; one that falls with the density was
     the best of those tried for 2:4, 1:4, 4:8 and 2:8. The true share, from a sort, is no better. Where nothing is
-    pruned in groups, n = m, or in place of them whole columns are, it is the saliency itself.
+    pruned in groups, n = m, or whole columns stand in for them, it is the saliency itself.
     """
     if pattern.n == pattern.m or not _prunes_vectors(pattern, saliency.shape[1]):
         return saliency
