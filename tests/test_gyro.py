@@ -397,7 +397,7 @@ def test_draws_are_tried_one_by_one_while_they_gain_much(monkeypatch):
         "draw",
         lambda blocks, *options: tried.append(options[2]) or blocks.worth.sum() * np.array([next(gains), 0]),
     )
-    blocks.assign(problem(points[0].t(), HiNMPattern(3, 0.0)), 5, 1e-6, failed=512)
+    blocks.assign(problem(points[0].t(), HiNMPattern(3, 0.0)), 5, 1e-6, 4, 512)
     assert tried == [1, 1, 1, 32, 32]
 
 
@@ -431,16 +431,20 @@ def test_columns_are_elected_only_where_some_may_be_chosen_that_are_not(vector_s
 def test_vectors_are_searched_longest_where_rows_are_free_and_choose_nothing_but_groups(
     pattern, fixed, expected, monkeypatch
 ):
-    calls = []
+    calls, annealed = [], []
 
     def assign_all(problems, order, indices, **options):
         calls.append(options)
         return indices
 
+    monkeypatch.setattr(
+        "lightning_hinm.gyro.exchange._anneal_rows", lambda problems: annealed.append(1) or _anneal_rows(problems)
+    )
     monkeypatch.setattr("lightning_hinm.gyro.exchange._assign_all", assign_all)
     search(structured(16, 16), pattern, output_order=torch.arange(16) if fixed else None)
     turns = [options for options in calls if "draws" in options]
     assert (len(turns), calls[-1]) == expected
+    assert bool(annealed) == bool(turns)
 
 
 @pytest.mark.parametrize("pattern", [HiNMPattern(16, 0.0), HiNMPattern(96, 0.0), HiNMPattern(96, 0.5)])

@@ -45,7 +45,6 @@ FEW = 24
 # Value of a choice that is not allowed: less than any that is.
 BARRED = -1e6
 
-
 # Between two reports of a long search; and how much longer than a report the search goes on, at least.
 SECONDS_BETWEEN_REPORTS, SEARCH_PER_REPORT = 5.0, 20
 
@@ -303,9 +302,7 @@ class Blocks:
         """Pruned columns that stand for election in all assignments of a block."""
         return min(max(-(-size // 4), min(size, ELECTED)), self.points.shape[1] // deals) * deals
 
-    def assign(
-        self, problem: Problem, draws: int | None, least: float, retries: int = RETRIES, failed: int = 0
-    ) -> None:
+    def assign(self, problem: Problem, draws: int | None, least: float, retries: int, failed: int) -> None:
         """Draws until each block has had ``draws`` or fails, as ``assign_vectors`` says; changes ``slots``.
 
         Of ``draws``, all that are tried at once are one.
