@@ -926,6 +926,25 @@ def test_groups_an_order_or_a_mask_of_another_layer_are_refused_before_anything_
         search(structured(32, 24), HiNMPattern(8), **wrong)
 
 
+@pytest.mark.parametrize(
+    ("saliency", "pattern"),
+    [
+        (structured(32, 24), HiNMPattern(8, 0.0, 4, 4)),  # keeps all, as an early update of a schedule may
+        (torch.eye(32), HiNMPattern(8, 0.0)),  # identity keeps all that there is
+        (torch.ones(32, 24), HiNMPattern(8)),  # no layout is better than another
+        (torch.zeros(32, 24), HiNMPattern(8)),
+    ],
+    ids=["dense", "sparse", "constant", "zeros"],
+)
+@pytest.mark.parametrize("method", ["gyro", "exchange"])
+def test_nothing_is_searched_where_no_layout_is_better_than_identity(saliency, pattern, method, monkeypatch):
+    for name in ("gyro_paper", "gyro_exchange"):
+        monkeypatch.setattr(f"lightning_hinm.gyro.{name}", None)
+    result = search(saliency, pattern, method=method)
+    assert result.layout.output_order.tolist() == list(range(32))
+    assert not result.ended_by_budget
+
+
 def test_an_unknown_method_or_a_negative_budget_is_refused():
     with pytest.raises(ValueError, match=r"method='greedy': .*'identity', 'gyro', 'exchange'"):
         gyro_permute(torch.rand(8, 8), HiNMPattern(4), method="greedy")
@@ -1058,9 +1077,8 @@ def test_a_weight_that_requires_a_gradient_is_searched_without_one():
 
 @pytest.mark.parametrize("vector_sparsity", [0.0, 0.5])
 def test_rows_without_a_preference_are_not_assigned_one_by_one(vector_sparsity, monkeypatch):
-    # With one column in all, or no column pruned, every row is worth the same in every tile of the annealing.
-    saliency, largest = torch.zeros(512, 64), []
-    saliency[3, 5] = 1.0
+    # Rows that are alike are worth the same in every tile of the annealing.
+    saliency, largest = torch.arange(64.0).repeat(512, 1), []
 
     def watched(values):
         largest.extend(matrix.shape[0] for matrix in values)

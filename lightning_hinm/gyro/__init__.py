@@ -334,7 +334,8 @@ def _search_rows(
     # What remains to be done with the search's own layouts takes about as long, and what follows not longer.
     rest = clock.share(1, 2 * (clock.seconds - begun))
     varied = any(bool(low < peak) for low, peak in (saliency.aminmax() for saliency in saliencies))
-    if method != "identity" and varied and not rest.expired():
+    lost = any(each.retained < 1 for each in candidates[0])  # of a pattern that keeps all, nothing
+    if method != "identity" and varied and lost and not rest.expired():
         report = None if progress is None else _reporter(pairs, clock, progress)
         problems = [
             Problem(_scaled(saliency, len(pairs)), pattern, generator, rest, fixed, within, report)

@@ -96,8 +96,8 @@ class _Rows:
     """The tile of each row, and what a place in each tile costs, in each of K annealings that go on side by side.
 
     Groups do not exist yet, so tiles keep columns by a stand-in for what survives n:m: ``_likely`` of the columns that
-    the pattern keeps, or, where it keeps all, ``n`` of ``m`` columns whole. What rows are worth in tiles is
-    brought to the CPU: so small a matrix is dealt with there in a fraction of the time.
+    the pattern keeps, or, where it keeps all, ``n`` of ``m`` columns whole. What rows are worth in tiles is brought to
+    the CPU: so small a matrix is dealt with there in a fraction of the time.
     """
 
     tile: Array  # [K, O]
